@@ -1,0 +1,155 @@
+"""An attention actor: a whole engine on a thread. Gateways reach it by few calls and one stream of outputs each."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+
+import ray
+
+from actors.member import Epoch, Member
+from actors.outbox import Outbox
+from actors.status import ActorStatus
+from cluster.config import DeploymentConfig
+from dispatch.all_to_all import AllToAllDispatcher
+from dispatch.groups import EpochGroup
+from dispatch.lockstep import Lockstep
+from engine.engine import Engine
+from engine.pages import LayerGroup, PageAllocator
+from engine.request import EngineLoad, Request, RequestOutput, RequestRejected
+from engine.scheduler import Limits, Scheduler
+from engine.step import Stepper
+from llama4.config import TextConfig
+from llama4.decoder import Decoder
+from llama4.kv_pages import KVPages
+from llama4.precision import choose_dtype
+from llama4.weights import Checkpoint, load_decoder
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionReport:
+    """An attention actor's state, and its engine's load once it has joined."""
+
+    status: ActorStatus
+    load: EngineLoad | None
+
+
+@ray.remote
+class AttentionActor:
+    def __init__(self, rank: int, config: DeploymentConfig) -> None:
+        self._config = config
+        self._member = Member("attention", rank, config.attention, config)
+        self._dtype = choose_dtype(self._member.device, config.model.dtype)
+        self._text_config = TextConfig.from_dir(config.model.path, router_scores=config.model.router_scores)
+        self._decoder: Decoder | None = None
+        self._engine: Engine | None = None
+        self._outbox: Outbox | None = None
+
+    async def load(self) -> None:
+        """Reads everything but the routed experts; raises CheckpointError."""
+        await self._member.load(self._load)
+
+    def _load(self) -> None:
+        self._decoder = load_decoder(
+            Checkpoint(self._config.model.path),
+            self._text_config,
+            dtype=self._dtype,
+            device=self._member.device,
+            on_progress=self._member.on_progress,
+        )
+
+    async def join(self, epoch: Epoch) -> None:
+        """Forms the epoch's group with all members and starts the engine."""
+        assert self._decoder is not None, "load comes first"
+        group = await self._member.form_group(epoch)
+        dispatcher = AllToAllDispatcher(group, epoch.expert_map)
+        self._outbox = Outbox()
+        engine = self._engine = self._make_engine(self._decoder, dispatcher, Lockstep(group), self._outbox)
+        self._member.start(lambda: _run(engine, group))
+
+    def _make_engine(
+        self, decoder: Decoder, dispatcher: AllToAllDispatcher, lockstep: Lockstep, outbox: Outbox
+    ) -> Engine:
+        config = self._config.engine
+        groups = layer_groups(self._config, self._text_config)
+        pages = {kind: group.pages for kind, group in groups.items()}
+        kv = KVPages(self._text_config, config.page_size, pages, self._dtype, self._member.device)
+        scheduler = Scheduler(
+            Limits(config.max_batch_tokens, config.max_running, config.max_waiting),
+            PageAllocator(groups, config.page_size),
+            clock=time.time,
+            new_seed=lambda: random.SystemRandom().getrandbits(63),
+        )
+        max_context = self._config.model.max_context or self._text_config.max_position_embeddings
+        return Engine(scheduler, Stepper(decoder, kv, dispatcher, max_context), lockstep, outbox.deliver)
+
+    # ---- for gateways
+
+    async def submit(self, request: Request, gateway_id: str) -> RequestRejected | None:
+        """Queues a request whose outputs go to this gateway's stream; returns why not, if it is not taken."""
+        assert self._engine is not None and self._outbox is not None, "join comes first"
+        self._outbox.expect(request.request_id, gateway_id)
+        try:
+            self._engine.submit(request)
+        except RequestRejected as rejection:
+            self._outbox.forget(request.request_id)
+            return rejection
+        return None
+
+    async def abort(self, request_ids: Sequence[str]) -> int:
+        """Ends these requests; returns how many were under way here."""
+        return 0 if self._engine is None else self._engine.abort(request_ids)
+
+    async def outputs(self, gateway_id: str) -> AsyncIterator[list[RequestOutput]]:
+        """Everything for this gateway, one item per step; endless. A stream that is dropped aborts its requests."""
+        assert self._outbox is not None, "join comes first"
+        try:
+            async for outputs in self._outbox.stream(gateway_id):
+                yield outputs
+        finally:
+            await self.abort(self._outbox.requests_of(gateway_id))
+
+    # ---- for the controller
+
+    async def leave(self) -> None:
+        """Ends the epoch for all members; requests under way fail as retryable."""
+        if self._engine is not None:
+            self._engine.stop()
+
+    async def until_ended(self) -> None:
+        await self._member.until_ended()
+
+    async def progress(self) -> tuple[int, int]:
+        """Bytes loaded, bytes in all."""
+        return self._member.loaded
+
+    async def report(self) -> AttentionReport:
+        return AttentionReport(self._member.status(), None if self._engine is None else self._engine.load())
+
+    def __repr__(self) -> str:
+        return f"attention(rank {self._member.number}, {self._member.state})"
+
+
+def _run(engine: Engine, group: EpochGroup) -> None:
+    try:
+        engine.run()
+    finally:
+        group.close()
+
+
+def layer_groups(config: DeploymentConfig, text_config: TextConfig) -> dict[str, LayerGroup]:
+    """The page pools: full-attention layers hold `kv_tokens`, chunked ones the chunks of all running sequences."""
+    engine = config.engine
+    full = engine.kv_tokens // engine.page_size
+    groups = {}
+    if "full" in text_config.layer_kinds:
+        groups["full"] = LayerGroup(full)
+    if "chunked" in text_config.layer_kinds:
+        chunk_size = text_config.attention_chunk_size
+        assert chunk_size is not None, "a chunked layer has a chunk size"
+        per_sequence = -(-chunk_size // engine.page_size) + 1  # a chunk may straddle page borders
+        per_step = -(-engine.max_batch_tokens // engine.page_size)
+        groups["chunked"] = LayerGroup(min(full, engine.max_running * per_sequence + per_step), chunk_size)
+    return groups

@@ -1,0 +1,73 @@
+"""The gateway as a Ray Serve deployment: HTTP through Serve's HTTP proxy, gRPC through its gRPC proxy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from fastapi import FastAPI
+from ray import serve
+
+from actors.client import EngineClient
+from actors.gateway_core import GatewayCore
+from actors.grpc_api import ControlServicer, InferenceServicer
+from actors.http_api import build_http_app
+from actors.model_info import ModelInfo
+from engine.tokenizer import Tokenizer
+
+# For Serve's gRPCOptions(grpc_servicer_functions=...).
+GRPC_SERVICER_FUNCTIONS = (
+    "herder.v1.inference_pb2_grpc.add_InferenceServiceServicer_to_server",
+    "herder.v1.control_pb2_grpc.add_ControlServiceServicer_to_server",
+)
+
+log = logging.getLogger("herder")
+
+
+@serve.ingress()
+class Gateway(InferenceServicer, ControlServicer):
+    """Both interfaces of one served model.
+
+    Serve finds the gRPC methods by name, and builds the HTTP app after `__init__`.
+    """
+
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
+        self,
+        model_path: str,
+        served_name: str,
+        max_context: int,
+        connect: Callable[[], Awaitable[EngineClient]],
+        log_level: str,
+    ) -> None:
+        """`connect` reaches the engines; it is called once, in the replica."""
+        logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        model = ModelInfo.from_dir(model_path, served_name, max_context, created=int(time.time()))
+        tokenizer = Tokenizer.from_dir(model_path)
+        self.core = GatewayCore(await connect(), tokenizer, model, importlib.metadata.version("herder"))
+        log.info("gateway up model=%s max_context=%d tokenizer=%s", served_name, max_context, tokenizer is not None)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_http_app(self.core)
+
+
+def build_app(
+    model_path: str,
+    served_name: str,
+    max_context: int,
+    connect: Callable[[], Awaitable[EngineClient]],
+    *,
+    replicas: int,
+    max_ongoing_requests: int,
+    log_level: str = "INFO",
+) -> serve.Application:
+    """The Serve application, for `serve.run`. `connect` has to pickle. Raises ValueError for a broken checkpoint."""
+    ModelInfo.from_dir(model_path, served_name, max_context)
+    deployment = serve.deployment(
+        name="gateway",
+        num_replicas=replicas,
+        max_ongoing_requests=max_ongoing_requests,
+        ray_actor_options={"num_cpus": 0},
+    )
+    return deployment(Gateway).bind(model_path, served_name, max_context, connect, log_level)

@@ -1,0 +1,85 @@
+"""Plain data as messages of protos/herder/v1."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from actors.gateway_core import Job
+from actors.status import ActorStatus
+from engine.request import EngineLoad, FinishReason, RequestError, TokenLogprob
+from herder.v1 import control_pb2, inference_pb2, types_pb2
+
+_ROLES = {"attention": control_pb2.ACTOR_ROLE_ATTENTION, "expert": control_pb2.ACTOR_ROLE_EXPERT}
+
+
+def logprobs(token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> list[types_pb2.TokenLogprob]:
+    """One message per entry; none when there are no entries."""
+    if not entries:
+        return []
+    return [_logprob(token_id, entry) for token_id, entry in zip(token_ids, entries, strict=True)]
+
+
+def _logprob(token_id: int, entry: TokenLogprob | None) -> types_pb2.TokenLogprob:
+    if entry is None:
+        return types_pb2.TokenLogprob(token_id=token_id)
+    top = [types_pb2.TopLogprob(token_id=other, logprob=logprob) for other, logprob in entry.top]
+    return types_pb2.TokenLogprob(token_id=token_id, logprob=entry.logprob, top=top)
+
+
+def usage(job: Job, completion_tokens: int) -> types_pb2.Usage:
+    prompt_tokens = len(job.request.prompt_token_ids)
+    return types_pb2.Usage(
+        prompt_tokens=prompt_tokens,
+        completion_tokens=completion_tokens,
+        total_tokens=prompt_tokens + completion_tokens,
+    )
+
+
+def finish_reason(reason: FinishReason | None) -> types_pb2.FinishReason.ValueType:
+    return types_pb2.FinishReason.Value(f"FINISH_REASON_{'UNSPECIFIED' if reason is None else reason.name}")
+
+
+def error_event(error: RequestError) -> inference_pb2.ErrorEvent:
+    code = types_pb2.ErrorCode.Value(f"ERROR_CODE_{error.code.name}")
+    return inference_pb2.ErrorEvent(code=code, message=error.message, retryable=error.retryable)
+
+
+def actor_info(actor: ActorStatus) -> control_pb2.ActorInfo:
+    return control_pb2.ActorInfo(
+        name=actor.name,
+        role=_ROLES[actor.role],
+        index=actor.rank_or_slot,
+        node_id=actor.node_id,
+        node_ip=actor.node_ip,
+        pid=actor.pid,
+        state=actor.state,
+        device=actor.device,
+        loaded_bytes=actor.loaded_bytes,
+        rss_bytes=actor.rss_bytes,
+    )
+
+
+def load(actor: str, engine: EngineLoad) -> control_pb2.EngineLoad:
+    pages = [
+        control_pb2.KvPages(layer_kind=kind, used=engine.kv_pages_used.get(kind, 0), total=total)
+        for kind, total in sorted(engine.kv_pages_total.items())
+    ]
+    return control_pb2.EngineLoad(
+        actor=actor,
+        waiting=engine.waiting,
+        running=engine.running,
+        steps=engine.steps,
+        prompt_tokens=engine.prompt_tokens,
+        generated_tokens=engine.generated_tokens,
+        tokens_per_second=engine.tokens_per_second,
+        kv_pages=pages,
+    )
+
+
+def layer_experts(layer: int, slots: Sequence[Sequence[int]], tokens: Sequence[int]) -> control_pb2.LayerExperts:
+    """One layer; `slots` and `tokens` (which may be empty) are by expert."""
+    experts = [
+        control_pb2.ExpertPlacement(expert=expert, slots=held, tokens=tokens[expert] if tokens else 0)
+        for expert, held in enumerate(slots)
+    ]
+    return control_pb2.LayerExperts(layer=layer, experts=experts)

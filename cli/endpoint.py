@@ -1,0 +1,186 @@
+"""Asking a running deployment, over HTTP (server-sent events) or gRPC.
+
+Both ways give the same: an iterator of text pieces. All that goes wrong becomes a CliError with the server's sentence.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import httpx
+
+from cli.report import CliError
+from cli.runfile import Run, find_run
+from herder.v1 import control_pb2_grpc, inference_pb2, inference_pb2_grpc, types_pb2
+
+# A first token may be long in coming (a long prompt, a full server), a connection may not.
+TIMEOUT = httpx.Timeout(None, connect=5.0)
+LOOK_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    role: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """What a request asks for beside its messages. None: the server's default."""
+
+    model: str | None = None
+    temperature: float = 0.0
+    max_tokens: int | None = None
+
+
+def http_url(url: str | None, http_port: int | None = None) -> str:
+    """`url`, or where the deployment of this user answers HTTP."""
+    if url is None:
+        return _serving(http_port).http_url
+    return (url if "://" in url else f"http://{url}").rstrip("/")
+
+
+def grpc_address(url: str | None, http_port: int | None = None) -> str:
+    """`url` as host:port, or where the deployment of this user answers gRPC."""
+    if url is None:
+        return _serving(http_port).grpc_address
+    return url.rpartition("://")[2].rstrip("/")
+
+
+def _serving(http_port: int | None) -> Run:
+    run = find_run(http_port)
+    if not run.serving:
+        raise CliError(f"the deployment of {run.config} (pid {run.pid}) is still starting")
+    return run
+
+
+# HTTP
+
+
+def chat_body(messages: Sequence[Message], sampling: Sampling, model: str, stream: bool) -> dict[str, Any]:
+    body: dict[str, Any] = {
+        "model": model,
+        "messages": [{"role": message.role, "content": message.text} for message in messages],
+        "temperature": sampling.temperature,
+        "stream": stream,
+    }
+    if sampling.max_tokens is not None:
+        body["max_tokens"] = sampling.max_tokens
+    return body
+
+
+def http_model(url: str) -> str:
+    """The name of the model served at `url`."""
+    try:
+        response = httpx.get(f"{url}/v1/models", timeout=LOOK_TIMEOUT_S)
+        check_http(url, response)
+        return str(response.json()["data"][0]["id"])
+    except httpx.HTTPError as error:
+        raise http_fault(url, error) from None
+    except (ValueError, LookupError, TypeError):
+        raise CliError(f"{url}/v1/models does not answer as an OpenAI-compatible server does") from None
+
+
+def stream_http(url: str, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+    """The answer to `messages` in pieces as they come."""
+    body = chat_body(messages, sampling, sampling.model or http_model(url), stream=True)
+    try:
+        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT) as response:
+            if response.is_error:
+                response.read()
+            check_http(url, response)
+            yield from sse_text(response.iter_lines())
+    except httpx.HTTPError as error:
+        raise http_fault(url, error) from None
+
+
+def sse_text(lines: Iterable[str]) -> Iterator[str]:
+    """The text pieces of a chat completion's event stream."""
+    for line in lines:
+        field, _, data = line.partition(":")
+        data = data.strip()
+        if field != "data" or not data:
+            continue
+        if data == "[DONE]":
+            return
+        event = json.loads(data)
+        if "error" in event:
+            raise CliError(_error_message(event))
+        for choice in event.get("choices", ()):
+            if text := choice.get("delta", {}).get("content"):
+                yield text
+    raise CliError("the server closed the stream before its end")
+
+
+def check_http(url: str, response: httpx.Response) -> None:
+    """Raises CliError with the server's own sentence if `response` is an error."""
+    if not response.is_error:
+        return
+    try:
+        message = _error_message(response.json())
+    except ValueError:
+        message = ""
+    raise CliError(message or f"{url} answered {response.status_code} {response.reason_phrase}")
+
+
+def _error_message(body: Any) -> str:
+    error = body.get("error", body) if isinstance(body, dict) else body
+    message = error.get("message") if isinstance(error, dict) else error
+    return " ".join(str(message or "").split())
+
+
+def http_fault(url: str, error: httpx.HTTPError) -> CliError:
+    if isinstance(error, httpx.ConnectError | httpx.ConnectTimeout):
+        return CliError(f"nothing answers at {url}")
+    return CliError(f"the connection to {url} broke: {str(error) or type(error).__name__}")
+
+
+# gRPC
+
+
+def chat_stream_request(messages: Sequence[Message], sampling: Sampling) -> inference_pb2.ChatStreamRequest:
+    return inference_pb2.ChatStreamRequest(
+        model=sampling.model or "",
+        messages=[
+            inference_pb2.ChatMessage(role=message.role, content=[inference_pb2.ContentPart(text=message.text)])
+            for message in messages
+        ],
+        sampling=types_pb2.SamplingParams(temperature=sampling.temperature, max_tokens=sampling.max_tokens),
+    )
+
+
+def stream_grpc(address: str, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+    """As stream_http, over InferenceService.ChatStream."""
+    with grpc.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+        call = stub.ChatStream(chat_stream_request(messages, sampling))
+        try:
+            for response in call:
+                yield event_text(response)
+        except grpc.RpcError as error:
+            raise grpc_fault(address, error) from None
+        finally:
+            call.cancel()
+
+
+def event_text(response: inference_pb2.ChatStreamResponse) -> str:
+    if response.WhichOneof("event") == "error":
+        raise CliError(response.error.message)
+    return response.tokens.text
+
+
+def control(address: str) -> tuple[grpc.Channel, control_pb2_grpc.ControlServiceStub]:
+    """A channel to close, and the control service behind it."""
+    channel = grpc.insecure_channel(address)
+    return channel, control_pb2_grpc.ControlServiceStub(channel)
+
+
+def grpc_fault(address: str, error: grpc.RpcError) -> CliError:
+    code, details = error.code(), " ".join((error.details() or "").split())
+    if code == grpc.StatusCode.UNAVAILABLE and "connect" in details:
+        return CliError(f"nothing answers at {address}")
+    return CliError(details or f"{address} answered {code.name}")

@@ -1,0 +1,168 @@
+"""`herder eval`: ask a deployment questions with known answers, and count."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import httpx
+import typer
+from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from cli import endpoint
+from cli.report import CliError, err, out, table, verb
+from cli.runfile import find_run
+from herder.v1 import inference_pb2, inference_pb2_grpc
+
+LONGEST_ANSWER = 64  # tokens
+Ask = Callable[[str], Awaitable[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    task: str
+    prompt: str
+    answer: str
+
+
+@verb
+def evaluate(
+    url: Annotated[
+        str | None,
+        typer.Option(help="The server, if it is not this user's own: http://host:port, or host:port with --grpc."),
+    ] = None,
+    use_grpc: Annotated[bool, typer.Option("--grpc", help="Ask over gRPC instead of HTTP.")] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines of task, prompt and answer; without it, eval.jsonl beside the served model."),
+    ] = None,
+    tasks: Annotated[list[str] | None, typer.Option("--task", help="Only this task. Repeatable.")] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Questions asked at a time.")] = 16,
+    min_accuracy: Annotated[float, typer.Option(min=0, max=1, help="What every task must reach.")] = 0.95,
+    http_port: Annotated[int | None, typer.Option(help="Which of this user's deployments, where several run.")] = None,
+) -> None:
+    """Ask each question as one user message at temperature 0, and print the accuracy per task.
+
+    Exit code 1 if a task stays below --min-accuracy.
+
+    Examples:
+
+        herder eval
+
+        herder eval --grpc --task addition --concurrency 4
+
+        herder eval --url http://10.0.0.7:8000 --data questions.jsonl
+    """
+    questions = read_questions(data or Path(find_run(http_port).model_dir) / "eval.jsonl", tasks or ())
+    where = endpoint.grpc_address(url, http_port) if use_grpc else endpoint.http_url(url, http_port)
+    asker = ask_grpc(where) if use_grpc else ask_http(where)
+    right = asyncio.run(count_right(questions, asker, concurrency))
+    asked = Counter(question.task for question in questions)
+    report(right, asked)
+    low = sorted(task for task in asked if right[task] < min_accuracy * asked[task])
+    if low:
+        raise CliError(f"below {min_accuracy:.0%}: {', '.join(low)}")
+
+
+def read_questions(path: Path, tasks: Sequence[str]) -> list[Question]:
+    """The questions in the JSON lines file `path`, only those of `tasks` if any. Raises CliError naming the line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CliError(f"--data: {path} cannot be read ({error})", code=2) from None
+    questions = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+            questions.append(Question(item["task"], item["prompt"], item["answer"]))
+        except (ValueError, KeyError, TypeError):
+            raise CliError(f"{path}:{number}: must be a JSON object with task, prompt and answer", code=2) from None
+    known = sorted({question.task for question in questions})
+    for task in tasks:
+        if task not in known:
+            raise CliError(f"--task: {path} has no task {task!r}; it has {', '.join(known)}", code=2)
+    chosen = [question for question in questions if not tasks or question.task in tasks]
+    if not chosen:
+        raise CliError(f"--data: {path} holds no question", code=2)
+    return chosen
+
+
+@asynccontextmanager
+async def ask_http(url: str) -> AsyncIterator[Ask]:
+    model = endpoint.http_model(url)
+    sampling = endpoint.Sampling(max_tokens=LONGEST_ANSWER)
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=endpoint.TIMEOUT, limits=limits) as client:
+
+        async def ask(prompt: str) -> str:
+            body = endpoint.chat_body([endpoint.Message("user", prompt)], sampling, model, stream=False)
+            try:
+                response = await client.post("/v1/chat/completions", json=body)
+            except httpx.HTTPError as error:
+                raise endpoint.http_fault(url, error) from None
+            endpoint.check_http(url, response)
+            return str(response.json()["choices"][0]["message"]["content"] or "")
+
+        yield ask
+
+
+@asynccontextmanager
+async def ask_grpc(address: str) -> AsyncIterator[Ask]:
+    sampling = endpoint.Sampling(max_tokens=LONGEST_ANSWER)
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = inference_pb2_grpc.InferenceServiceStub(channel)
+
+        async def ask(prompt: str) -> str:
+            streamed = endpoint.chat_stream_request([endpoint.Message("user", prompt)], sampling)
+            request = inference_pb2.ChatRequest(messages=streamed.messages, sampling=streamed.sampling)
+            try:
+                return str((await stub.Chat(request)).text)
+            except grpc.RpcError as error:
+                raise endpoint.grpc_fault(address, error) from None
+
+        yield ask
+
+
+async def count_right(
+    questions: Sequence[Question], asker: AbstractAsyncContextManager[Ask], concurrency: int
+) -> Counter[str]:
+    """How many answers of each task are right. The first failed request ends it all."""
+    right: Counter[str] = Counter()
+    turn = asyncio.Semaphore(concurrency)
+    columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
+    console = err()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("asking", total=len(questions))
+        async with asker as ask:
+
+            async def one(question: Question) -> None:
+                async with turn:
+                    answer = await ask(question.prompt)
+                right[question.task] += answer.strip() == question.answer.strip()
+                progress.advance(bar)
+
+            try:
+                async with asyncio.TaskGroup() as group:
+                    for question in questions:
+                        group.create_task(one(question))
+            except BaseExceptionGroup as faults:
+                raise faults.exceptions[0] from None
+    return right
+
+
+def report(right: Counter[str], asked: Counter[str]) -> None:
+    rows = table("task", "right", "asked", "accuracy")
+    for task in sorted(asked):
+        rows.add_row(task, str(right[task]), str(asked[task]), f"{right[task] / asked[task]:.1%}")
+    rows.add_section()
+    rows.add_row("all", str(right.total()), str(asked.total()), f"{right.total() / asked.total():.1%}")
+    out().print(rows)

@@ -1,0 +1,269 @@
+"""What a deployment is: one YAML file, checked before anything starts.
+
+`load_config` reads the file, lays `--set key=value` overrides over it and checks the result against the schema below.
+Every problem is one sentence that names the dotted field; an unknown key names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
+Count = Annotated[int, Field(ge=1)]
+Port = Annotated[int, Field(ge=1, le=65535)]
+Amount = Annotated[float, Field(ge=0)]
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used. `problems` has one sentence for each fault; `str()` a line for each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return type(self), (self.problems,)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class ModelConfig(_Section):
+    """The checkpoint, and how it is served."""
+
+    path: Annotated[Path, Field(strict=False)]
+    name: Annotated[str, Field(min_length=1)] | None = None
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_context: Count | None = None  # tokens of prompt and answer; None: the checkpoint's own limit
+    router_scores: Literal["sigmoid", "softmax"] = "sigmoid"
+
+    @property
+    def served_name(self) -> str:
+        """The name that clients ask for: `name`, or the checkpoint directory's."""
+        return self.name or self.path.name
+
+
+class RoleConfig(_Section):
+    """How many actors of one role there are, what each reserves in Ray, and how Ray spreads them over nodes."""
+
+    actors: Count = 1
+    num_cpus: Amount = 1.0
+    num_gpus: Annotated[float, Field(ge=0, le=1)] = 0.0  # 0: on the CPU; 1: on a GPU of its own
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+    strategy: Strategy = "PACK"
+    threads: Count | None = None  # torch threads; None: num_cpus, rounded down, at least 1
+
+    @property
+    def device(self) -> Literal["cpu", "cuda"]:
+        return "cuda" if self.num_gpus > 0 else "cpu"
+
+    @property
+    def compute_threads(self) -> int:
+        return self.threads or max(1, int(self.num_cpus))
+
+
+class AttentionConfig(RoleConfig):
+    """Attention actors: each one a whole engine with its own KV cache."""
+
+
+class ExpertsConfig(RoleConfig):
+    """Expert actors: one slot each. More seats (`actors` x `per_actor`) than experts make replicas."""
+
+    per_actor: Count | None = None  # routed experts of each MoE layer that one actor holds; None: an even split
+
+
+class EngineConfig(_Section):
+    """The limits of each attention actor's engine."""
+
+    max_batch_tokens: Count = 2048  # rows of one step
+    max_running: Count = 64
+    max_waiting: Annotated[int, Field(ge=0)] = 1024
+    page_size: Count = 16  # tokens
+    kv_tokens: Count = 16384  # KV capacity in tokens
+
+
+class TransportConfig(_Section):
+    """How tokens travel between attention and expert actors."""
+
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+
+
+class GatewayConfig(_Section):
+    """Where clients connect."""
+
+    replicas: Count = 1
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    http_port: Port = 8000
+    grpc_port: Port = 9000
+    max_ongoing_requests: Count = 1000  # per replica
+
+
+class DeploymentConfig(_Section):
+    """One deployment: the whole YAML file."""
+
+    model: ModelConfig
+    attention: AttentionConfig = AttentionConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    engine: EngineConfig = EngineConfig()
+    transport: TransportConfig = TransportConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+
+    @model_validator(mode="after")
+    def _check(self) -> DeploymentConfig:
+        problems = list(_cross_problems(self))
+        if problems:
+            raise ConfigError(problems)
+        return self
+
+    @property
+    def data_backend(self) -> Literal["gloo", "nccl"]:
+        """What carries the rows: NCCL between GPUs, gloo between CPUs."""
+        return "nccl" if self.attention.device == "cuda" else "gloo"
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DeploymentConfig:
+    """The deployment that the YAML file at `path` describes, under `overrides` such as `engine.page_size=32`.
+
+    An override's value is read as YAML, its key is dotted; later ones win. A relative `model.path` means a directory
+    beside the file if there is one of that name, else one under the working directory; it comes back absolute.
+    Raises ConfigError with every fault found.
+    """
+    path = Path(path)
+    data = _read_yaml(path)
+    for override in overrides:
+        _apply_override(data, override)
+    try:
+        config = DeploymentConfig.model_validate(data)
+    except ValidationError as error:
+        problems = [problem for fault in error.errors() for problem in _sentences(fault)]
+        raise ConfigError([f"{path}: {problem}" for problem in problems]) from None
+    model = config.model.model_copy(update={"path": resolve_model_path(config.model.path, path.parent)})
+    return config.model_copy(update={"model": model})
+
+
+def resolve_model_path(model_path: Path, folder: Path) -> Path:
+    """`model_path` made absolute: against `folder` or the working directory, whichever has it first, else `folder`."""
+    model_path = model_path.expanduser()
+    beside = folder / model_path
+    return (model_path if model_path.exists() and not beside.exists() else beside).resolve()
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError([f"{path}: cannot be read ({error.strerror})"]) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: is not YAML: {' '.join(str(error).split())}"]) from None
+    if not isinstance(data, dict):
+        raise ConfigError([f"{path}: must hold a mapping of sections ({', '.join(DeploymentConfig.model_fields)})"])
+    # `experts:` with nothing under it is a section of defaults.
+    return {key: {} if value is None else value for key, value in data.items()}
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    keys = [part.strip() for part in key.split(".")]
+    if not equals or not all(keys):
+        raise ConfigError([f"--set {override}: must have the form key=value, such as engine.page_size=32"])
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError([f"--set {override}: the value is not YAML"]) from None
+    section = data
+    for part in keys[:-1]:
+        inner = section.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError([f"--set {override}: {part} is a value, not a section"])
+        section = inner
+    section[keys[-1]] = value
+
+
+def _cross_problems(config: DeploymentConfig) -> Iterator[str]:
+    for name, role in (("attention", config.attention), ("experts", config.experts)):
+        if role.num_cpus == 0 and role.num_gpus == 0 and not role.resources:
+            yield f"{name}.num_cpus must be above 0 when {name} reserves no GPU and no resources"
+        reserved = {"CPU": "num_cpus", "GPU": "num_gpus"}
+        for resource in role.resources.keys() & reserved.keys():
+            yield f"{name}.resources must not hold {resource}: use {name}.{reserved[resource]}"
+        if role.num_gpus not in (0, 1):
+            yield f"{name}.num_gpus must be 0 or 1, not {role.num_gpus:g}: NCCL needs a GPU of its own for each actor"
+    if config.attention.device != config.experts.device:
+        yield "attention.num_gpus and experts.num_gpus must be equal: tokens travel between devices of one kind"
+    engine = config.engine
+    if engine.max_running > engine.max_batch_tokens:
+        yield (
+            f"engine.max_running ({engine.max_running}) must be at most engine.max_batch_tokens "
+            f"({engine.max_batch_tokens}): every running request takes a row of each step"
+        )
+    if engine.kv_tokens % engine.page_size:
+        yield f"engine.kv_tokens ({engine.kv_tokens}) must be a multiple of engine.page_size ({engine.page_size})"
+    if config.model.max_context is not None and config.model.max_context > engine.kv_tokens:
+        yield (
+            f"model.max_context ({config.model.max_context}) must be at most engine.kv_tokens ({engine.kv_tokens}): "
+            "a longer request could never run"
+        )
+    if config.gateway.http_port == config.gateway.grpc_port:
+        yield f"gateway.grpc_port must differ from gateway.http_port ({config.gateway.http_port})"
+
+
+def _known_keys(model: type[BaseModel] = DeploymentConfig, prefix: str = "") -> Iterator[str]:
+    for name, info in model.model_fields.items():
+        yield prefix + name
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from _known_keys(info.annotation, f"{prefix}{name}.")
+
+
+def nearest_key(key: str) -> str:
+    """The known dotted key that is most like `key`: by the whole, or by the last part where that fits better."""
+    last = key.rpartition(".")[2]
+
+    def likeness(known: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, known).ratio()
+        part = difflib.SequenceMatcher(None, last, known.rpartition(".")[2]).ratio()
+        return whole + part
+
+    return max(_known_keys(), key=likeness)
+
+
+def _sentences(fault: Mapping[str, Any]) -> Sequence[str]:
+    """One of pydantic's errors, in the words of this file's users."""
+    key = ".".join(str(part) for part in fault["loc"])
+    given = fault["input"]
+    context = fault.get("ctx", {})
+    match fault["type"]:
+        case "value_error" if isinstance(context["error"], ConfigError):
+            return context["error"].problems
+        case "extra_forbidden":
+            rule = f"is not a known key; the nearest is {nearest_key(key)}"
+        case "missing":
+            rule = "is required"
+        case "greater_than_equal":
+            rule = f"must be at least {context['ge']:g}, not {given!r}"
+        case "less_than_equal":
+            rule = f"must be at most {context['le']:g}, not {given!r}"
+        case "greater_than":
+            rule = f"must be above {context['gt']:g}, not {given!r}"
+        case "literal_error":
+            rule = f"must be {context['expected']}, not {given!r}"
+        case "int_type" | "int_from_float":
+            rule = f"must be a whole number, not {given!r}"
+        case "float_type":
+            rule = f"must be a number, not {given!r}"
+        case "model_type" | "dict_type":
+            rule = f"must be a mapping, not {given!r}"
+        case "string_too_short":
+            rule = "must not be empty"
+        case "string_type" | "path_type":
+            rule = f"must be text, not {given!r}"
+        case _:
+            rule = f"is invalid: {fault['msg']}, not {given!r}"
+    return [f"{key} {rule}"]

@@ -1,0 +1,65 @@
+"""Ray's side of placement: reach or start a cluster, and reserve what a deployment's actors need."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+
+import ray
+from ray.exceptions import GetTimeoutError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from cluster.config import DeploymentConfig
+from cluster.placement import RoleBundles, bundles
+
+NAMESPACE = "herder"
+_PLACEMENT_TIMEOUT_S = 60.0
+
+
+class PlacementError(RuntimeError):
+    """The cluster has no room for a role's actors."""
+
+
+def connect(config: DeploymentConfig, address: str | None) -> None:
+    """Joins the Ray cluster at `address`, or starts one on this machine that ends with this process."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    num_cpus = None
+    if address is None:
+        # A machine of our own holds whatever the configuration asks for, even if its actors then share cores.
+        asked = sum(bundle.get("CPU", 0.0) for role in bundles(config).values() for bundle in role.bundles)
+        num_cpus = max(os.cpu_count() or 1, math.ceil(asked))
+    ray.init(
+        address=address or "local",
+        num_cpus=num_cpus,
+        include_dashboard=True if address is None else None,
+        namespace=NAMESPACE,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+    )
+
+
+def reserve(name: str, role: RoleBundles) -> PlacementGroup:
+    """A placement group for one role's actors, in rank or slot order. Raises PlacementError when it cannot be had."""
+    group: PlacementGroup = placement_group(
+        [dict(bundle) for bundle in role.bundles],
+        strategy=role.strategy,
+        name=f"{NAMESPACE}-{name}",
+        lifetime="detached",
+    )
+    try:
+        ray.get(group.ready(), timeout=_PLACEMENT_TIMEOUT_S)
+    except GetTimeoutError:
+        release(group)
+        available: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+        free = {name: amount for name, amount in available.items() if ":" not in name}
+        raise PlacementError(
+            f"{name}.actors: no room for {len(role.bundles)} actors of {role.bundles[0]} each ({role.strategy}) within "
+            f"{_PLACEMENT_TIMEOUT_S:.0f} s; the cluster has {free} free"
+        ) from None
+    return group
+
+
+def release(group: PlacementGroup) -> None:
+    """Gives the reservation back."""
+    remove_placement_group(group)

@@ -1,0 +1,220 @@
+"""The engine: requests in, one list of outputs per step out. An attention actor is one of these on a thread.
+
+`submit`, `abort` and `stop` may be called from any thread; everything else happens in `run`.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from engine.request import EngineLoad, ErrorCode, FinishReason, Request, RequestError, RequestOutput
+from engine.scheduler import ScheduledSequence, Scheduler
+from engine.step import Stepper
+
+_RATE_WINDOW_S = 5.0
+
+
+class StepGate(Protocol):
+    """Says when there is a step: an engine that shares experts with others must step when any of them does."""
+
+    def begin(self, rows: int, leaving: bool) -> GateAnswer:
+        """Offers `rows` for the next step. Every member of the gate calls it, and all get the same answer."""
+
+    def wait(self) -> None:
+        """Blocks, without using the CPU, until some member rings. Only after an idle answer."""
+
+    def ring(self) -> None:
+        """Ends everybody's wait. May be called from any thread, at any time."""
+
+
+class GateAnswer(Protocol):
+    @property
+    def idle(self) -> bool:
+        """Nobody has rows: there is no step."""
+
+    @property
+    def leaving(self) -> bool:
+        """Some member leaves: there is no step, and there will be none with these members."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    idle: bool
+    leaving: bool
+
+
+class SoloGate:
+    """The gate of an engine that shares its experts with nobody."""
+
+    def __init__(self) -> None:
+        self._rung = threading.Event()
+
+    def begin(self, rows: int, leaving: bool) -> GateAnswer:
+        return _Answer(idle=rows == 0, leaving=leaving)
+
+    def wait(self) -> None:
+        self._rung.wait()
+        self._rung.clear()
+
+    def ring(self) -> None:
+        self._rung.set()
+
+
+class Engine:
+    """Scheduler, model and sampler of one attention actor.
+
+    Args:
+        gate: when to step; see `StepGate`.
+        deliver: gets the outputs of each step, on the engine's thread; must not block.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        stepper: Stepper,
+        gate: StepGate,
+        deliver: Callable[[list[RequestOutput]], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._scheduler = scheduler
+        self._stepper = stepper
+        self._gate = gate
+        self._deliver = deliver
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._arrived: list[Request] = []
+        self._aborted: list[str] = []
+        self._known: set[str] = set()
+        self._failure: RequestError | None = None
+        self._leaving = False
+        self._steps = 0
+        self._prompt_tokens = 0
+        self._generated_tokens = 0
+        self._recent: deque[tuple[float, int]] = deque()
+
+    # ---- from any thread
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises RequestRejected when it cannot be taken."""
+        with self._lock:
+            if self._failure is not None:
+                raise self._failure.rejection()
+            if request.request_id in self._known:
+                raise RequestError(
+                    ErrorCode.ALREADY_EXISTS, f"request_id {request.request_id!r} is in use by a running request"
+                ).rejection(field="request_id")
+            self._scheduler.check(request, queued=len(self._arrived) + len(self._scheduler.waiting))
+            self._known.add(request.request_id)
+            self._arrived.append(request)
+        self._gate.ring()
+
+    def abort(self, request_ids: Sequence[str]) -> int:
+        """Ends these requests with finish reason `abort` before the next step; returns how many were known."""
+        with self._lock:
+            known = [request_id for request_id in request_ids if request_id in self._known]
+            self._aborted += known
+        if known:
+            self._gate.ring()
+        return len(known)
+
+    def stop(self) -> None:
+        """Makes `run` return; requests that are under way fail as retryable."""
+        self._leaving = True
+        self._gate.ring()
+
+    def load(self) -> EngineLoad:
+        """What the engine is doing right now."""
+        now = self._clock()
+        pages = self._scheduler.pages
+        return EngineLoad(
+            waiting=len(self._arrived) + len(self._scheduler.waiting),
+            running=len(self._scheduler.running),
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            generated_tokens=self._generated_tokens,
+            tokens_per_second=sum(n for at, n in tuple(self._recent) if at > now - _RATE_WINDOW_S) / _RATE_WINDOW_S,
+            kv_pages_used=pages.used(),
+            kv_pages_total=pages.total(),
+        )
+
+    # ---- the engine's own thread
+
+    def run(self) -> None:
+        """Steps until `stop`, or until another member of the gate leaves. What it raises has failed every request."""
+        try:
+            while True:
+                self._take_arrivals()
+                scheduled = self._scheduler.schedule()
+                answer = self._gate.begin(sum(item.rows for item in scheduled), self._leaving)
+                if answer.leaving:
+                    self._fail(RequestError(ErrorCode.UNAVAILABLE, "the engine is shutting down", retryable=True))
+                    return
+                if answer.idle:
+                    self._gate.wait()
+                else:
+                    self._step(scheduled)
+        except BaseException as error:
+            reason = f"the engine stopped: {error}"
+            self._fail(RequestError(ErrorCode.UNAVAILABLE, reason, retryable=True))
+            raise
+
+    def _step(self, scheduled: Sequence[ScheduledSequence]) -> None:
+        outputs = self._stepper.step(scheduled)
+        self._count(scheduled, outputs)
+        self._scheduler.advance(scheduled)
+        by_id = {item.sequence.request.request_id: item.sequence for item in scheduled}
+        for output in outputs:
+            if output.finish_reason is not None:
+                self._scheduler.finish(by_id[output.request_id])
+        self._send(outputs)
+
+    def _take_arrivals(self) -> None:
+        with self._lock:
+            arrived, self._arrived = self._arrived, []
+            aborted, self._aborted = self._aborted, []
+            for request in arrived:
+                self._scheduler.add(request)
+        overdue = [sequence.request.request_id for sequence in self._scheduler.overdue()]
+        late = RequestError(ErrorCode.DEADLINE_EXCEEDED, "the request's deadline has passed")
+        self._end(aborted, FinishReason.ABORT, None)
+        self._end(overdue, FinishReason.ERROR, late)
+
+    def _end(self, request_ids: Sequence[str], reason: FinishReason, error: RequestError | None) -> None:
+        if not request_ids:
+            return
+        removed = [sequence.request.request_id for sequence in self._scheduler.remove(request_ids)]
+        for request_id in removed:
+            self._stepper.forget(request_id)
+        self._send([RequestOutput(request_id, finish_reason=reason, error=error) for request_id in removed])
+
+    def _fail(self, error: RequestError) -> None:
+        with self._lock:
+            self._failure = error
+            arrived, self._arrived = self._arrived, []
+        under_way = [seq.request.request_id for seq in (*self._scheduler.running, *self._scheduler.waiting)]
+        self._end(under_way, FinishReason.ERROR, error)
+        self._send([RequestOutput(r.request_id, finish_reason=FinishReason.ERROR, error=error) for r in arrived])
+
+    def _send(self, outputs: list[RequestOutput]) -> None:
+        finished = [output.request_id for output in outputs if output.finish_reason is not None]
+        with self._lock:
+            self._known.difference_update(finished)
+        if outputs:
+            self._deliver(outputs)
+
+    def _count(self, scheduled: Sequence[ScheduledSequence], outputs: list[RequestOutput]) -> None:
+        now = self._clock()
+        generated = sum(len(output.token_ids) for output in outputs)
+        self._steps += 1
+        self._generated_tokens += generated
+        for item in scheduled:
+            left = len(item.sequence.request.prompt_token_ids) - item.sequence.computed
+            self._prompt_tokens += max(0, min(item.rows, left))
+        self._recent.append((now, generated))
+        while self._recent[0][0] < now - _RATE_WINDOW_S:
+            self._recent.popleft()

@@ -1,0 +1,151 @@
+"""What a request is on its way through the engine: its parameters, its outputs, its errors.
+
+Plain data that travels between the gateway and the attention actors: nothing here imports torch, ray or grpc.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a request ended, in OpenAI's words."""
+
+    STOP = "stop"  # a stop token or a stop string
+    LENGTH = "length"  # max_tokens, or the end of the context
+    ABORT = "abort"  # the client went away, or asked for it
+    ERROR = "error"  # see RequestOutput.error
+
+
+class ErrorCode(StrEnum):
+    """What went wrong, in gRPC's words (HTTP translates them)."""
+
+    INVALID_ARGUMENT = "INVALID_ARGUMENT"
+    NOT_FOUND = "NOT_FOUND"
+    ALREADY_EXISTS = "ALREADY_EXISTS"
+    RESOURCE_EXHAUSTED = "RESOURCE_EXHAUSTED"
+    UNAVAILABLE = "UNAVAILABLE"
+    DEADLINE_EXCEEDED = "DEADLINE_EXCEEDED"
+    INTERNAL = "INTERNAL"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestError:
+    """Why a request failed. `retryable`: the same request may succeed when it is sent again."""
+
+    code: ErrorCode
+    message: str
+    retryable: bool = False
+
+    def rejection(self, field: str | None = None) -> RequestRejected:
+        """The same, for a request that has not been accepted yet."""
+        return RequestRejected(self.message, field=field, code=self.code)
+
+
+class RequestRejected(ValueError):
+    """A request that is not accepted: bad input, or no room. `field` names the offending field, if there is one."""
+
+    def __init__(self, message: str, *, field: str | None = None, code: ErrorCode = ErrorCode.INVALID_ARGUMENT) -> None:
+        super().__init__(message)
+        self.field = field
+        self.code = code
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions with keyword arguments do not pickle by themselves, and this one crosses processes.
+        return _rejected, (str(self), self.field, self.code)
+
+
+def _rejected(message: str, field: str | None, code: ErrorCode) -> RequestRejected:
+    return RequestRejected(message, field=field, code=code)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
+
+    `logprobs` and `prompt_logprobs`: None for none, else how many alternatives come with the token's own (0 or more).
+    """
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    ignore_eos: bool = False
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    MAX_LOGPROBS = 20
+
+    def __post_init__(self) -> None:
+        def check(ok: bool, name: str, rule: str) -> None:
+            if not ok:
+                raise RequestRejected(f"{name} must be {rule}, not {getattr(self, name)!r}", field=name)
+
+        check(self.max_tokens >= 0, "max_tokens", "0 or more")
+        check(0 <= self.min_tokens <= self.max_tokens, "min_tokens", f"between 0 and max_tokens ({self.max_tokens})")
+        check(0.0 <= self.temperature <= 100.0, "temperature", "between 0 and 100")
+        check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        check(self.top_k >= 0, "top_k", "0 (off) or more")
+        check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
+        check(all(self.stop), "stop", "made of non-empty strings")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            check(value is None or 0 <= value <= self.MAX_LOGPROBS, name, f"between 0 and {self.MAX_LOGPROBS}")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One accepted prompt. `eos_token_ids` end it unless `params.ignore_eos`; `deadline` is in Unix seconds."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token's natural-log probability under the unmodified distribution, and the most likely tokens beside it."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What one step gave one request. The last one has `finish_reason`.
+
+    `prompt_logprobs` comes once, with the output that ends the prefill: an entry per prompt token, the first one None.
+    A stop token is part of `token_ids` (the gateway leaves it out of the text).
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    error: RequestError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """An engine's load right now. Token rates are means over the last seconds."""
+
+    waiting: int = 0
+    running: int = 0
+    steps: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    tokens_per_second: float = 0.0
+    kv_pages_used: dict[str, int] = field(default_factory=dict)
+    kv_pages_total: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,107 @@
+"""Text to token ids and back, as the checkpoint's own tokenizer files say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from engine.request import RequestRejected
+
+
+def _byte_of_symbol() -> dict[str, int]:
+    """The byte that each symbol of a byte-level vocabulary stands for.
+
+    Printable Latin-1 stands for itself; the other bytes, in order, are written from U+0100 on (GPT-2's alphabet).
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    table = {chr(byte): byte for byte in printable}
+    table.update((chr(0x100 + i), byte) for i, byte in enumerate(b for b in range(256) if b not in printable))
+    return table
+
+
+_BYTE_OF_SYMBOL = _byte_of_symbol()
+
+
+class Tokenizer:
+    """A byte-level BPE tokenizer with special tokens and, mostly, a chat template: the kind that Llama 4 has.
+
+    Decoding is exact: the bytes of the tokens, joined, read as UTF-8. No spaces are cleaned up.
+    """
+
+    def __init__(self, fast: PreTrainedTokenizerFast) -> None:
+        """Raises ValueError when `fast` is not byte-level."""
+        self._fast = fast
+        self._backend = fast.backend_tokenizer
+        if "ByteLevel" not in repr(self._backend.decoder):
+            raise ValueError("tokenizer.json: its decoder is not ByteLevel; only byte-level BPE can be served")
+        self._bytes: dict[int, bytes] = {}
+        added = self._backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.eos_token_ids: tuple[int, ...] = () if fast.eos_token_id is None else (fast.eos_token_id,)
+        self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
+        self.has_chat_template = fast.chat_template is not None
+
+    @classmethod
+    def from_dir(cls, path: str | Path) -> Self | None:
+        """The tokenizer of a checkpoint directory; None when it has no tokenizer.json.
+
+        Raises ValueError when the file is there but cannot be used.
+        """
+        file = Path(path) / "tokenizer.json"
+        if not file.is_file():
+            return None
+        try:
+            fast = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+        except Exception as error:  # the Rust side raises bare Exception for a broken file
+            raise ValueError(f"{file}: cannot be read as a tokenizer: {error}") from error
+        return cls(fast)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, by default with what the tokenizer puts around a prompt (begin-of-text)."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation (`role`, `content`) up to where the assistant's answer begins.
+
+        Raises RequestRejected (field "messages") when there is no chat template or the template refuses them.
+        """
+        if not self.has_chat_template:
+            raise RequestRejected("messages: this model has no chat template; send a prompt instead", field="messages")
+        try:
+            text = self._fast.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+            )
+        except TemplateError as error:
+            raise RequestRejected(f"messages: the chat template refuses them: {error}", field="messages") from error
+        assert isinstance(text, str)
+        return self.encode(text, add_special_tokens=False)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for; none for an id that the vocabulary leaves out."""
+        found = self._bytes.get(token_id)
+        if found is None:
+            symbols = self._backend.id_to_token(token_id) or ""
+            if all(symbol in _BYTE_OF_SYMBOL for symbol in symbols):
+                found = bytes(_BYTE_OF_SYMBOL[symbol] for symbol in symbols)
+            else:
+                found = symbols.encode()
+            self._bytes[token_id] = found
+        return found
+
+    def token_text(self, token_id: int) -> str:
+        """A token by itself, to show: its text, or `bytes:\\xe2\\x80` when it is only a part of a character."""
+        raw = self.token_bytes(token_id)
+        try:
+            return raw.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of `token_ids`; bytes that are no UTF-8 become U+FFFD."""
+        skipped = self.special_ids if skip_special_tokens else ()
+        return b"".join(self.token_bytes(i) for i in token_ids if i not in skipped).decode(errors="replace")

@@ -1,0 +1,114 @@
+"""Grouped-query attention of one layer over KV pages.
+
+Shapes: T rows, B rows of a decode group, D model width, H query heads, K key/value heads, G = H / K query heads per
+key/value head, E head width, L keys, R = H + K rotated heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama4.config import TextConfig
+from llama4.kv_pages import KVPages
+from llama4.plan import DecodeGroup, PrefillRun, StepPlan
+from llama4.rope import rotate
+
+
+class Attention:
+    """Queries, keys and values come from one fused projection; keys and values are stored before anything is read."""
+
+    def __init__(self, config: TextConfig, layer: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self._layer = layer
+        self._kind = config.layer_kinds[layer]
+        self._use_rope = layer in config.rope_layers
+        self._norm_eps = config.rms_norm_eps if config.use_qk_norm and self._use_rope else None
+        self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self._groups, self._head_dim = config.kv_groups, config.head_dim
+        query_rows, kv_rows = self._heads * self._head_dim, self._kv_heads * self._head_dim
+        rows = query_rows + 2 * kv_rows
+        self._parts = {
+            "q_proj": slice(0, query_rows),
+            "k_proj": slice(query_rows, query_rows + kv_rows),
+            "v_proj": slice(query_rows + kv_rows, rows),
+        }
+        self.qkv_weight = torch.empty((rows, config.hidden_size), dtype=dtype, device=device)
+        self.out_weight = torch.empty((config.hidden_size, query_rows), dtype=dtype, device=device)
+        self.qkv_bias: Tensor | None = None
+        self.out_bias: Tensor | None = None
+        if config.attention_bias:
+            self.qkv_bias = torch.empty(rows, dtype=dtype, device=device)
+            self.out_bias = torch.empty(config.hidden_size, dtype=dtype, device=device)
+
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's names and where each tensor is kept."""
+        for name, rows in self._parts.items():
+            yield f"{prefix}.{name}.weight", self.qkv_weight[rows]
+        yield f"{prefix}.o_proj.weight", self.out_weight
+        if self.qkv_bias is not None and self.out_bias is not None:
+            for name, rows in self._parts.items():
+                yield f"{prefix}.{name}.bias", self.qkv_bias[rows]
+            yield f"{prefix}.o_proj.bias", self.out_bias
+
+    def __call__(self, x_TD: Tensor, plan: StepPlan, kv: KVPages) -> Tensor:
+        """The attention's output [T, D]; the rows' keys and values are in the pages afterwards."""
+        rotated = self._heads + self._kv_heads
+        qkv_TD = F.linear(x_TD, self.qkv_weight, self.qkv_bias)
+        qkv_THE = qkv_TD.view(-1, rotated + self._kv_heads, self._head_dim)
+        if self._use_rope:
+            qk_TRE = rotate(qkv_THE[:, :rotated], plan.rotation_TF)
+            if self._norm_eps is not None:
+                qk_TRE = F.rms_norm(qk_TRE.float(), (self._head_dim,), eps=self._norm_eps).type_as(qk_TRE)
+            qkv_THE[:, :rotated] = qk_TRE
+        elif plan.temperature_T11 is not None:
+            qkv_THE[:, : self._heads] *= plan.temperature_T11
+        q_THE = qkv_THE[:, : self._heads]
+        kv_T2KE = qkv_THE[:, self._heads :].view(-1, 2, self._kv_heads, self._head_dim)
+
+        steps = plan.kinds[self._kind]
+        written = kv_T2KE if steps.written_rows is None else kv_T2KE[steps.written_rows]
+        kv.write(self._layer, steps.slots, written)
+        out_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
+        for group in steps.decode:
+            out_THE[group.rows_B] = self._decode(q_THE, group, kv)
+        for run in steps.prefill:
+            self._prefill(q_THE, kv_T2KE, run, plan, kv, out_THE)
+        return F.linear(out_THE.flatten(1), self.out_weight, self.out_bias)
+
+    def _decode(self, q_THE: Tensor, group: DecodeGroup, kv: KVPages) -> Tensor:
+        """One query per sequence; the G query heads of a key/value head pose as G queries, so keys are read once."""
+        rows = group.rows_B.shape[0]
+        q_BKGE = q_THE[group.rows_B].view(rows, self._kv_heads, self._groups, self._head_dim)
+        kv_BL2KE = kv.gather(self._layer, group.pages_N).view(rows, -1, 2, self._kv_heads, self._head_dim)
+        k_BKLE, v_BKLE = kv_BL2KE.permute(2, 0, 3, 1, 4)
+        out_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKLE, v_BKLE, attn_mask=group.mask_B11L)
+        return out_BKGE.flatten(1, 2)
+
+    def _prefill(
+        self, q_THE: Tensor, kv_T2KE: Tensor, run: PrefillRun, plan: StepPlan, kv: KVPages, out_THE: Tensor
+    ) -> None:
+        """One request's rows within one window: causal by itself at the window's start, else by blocks of queries."""
+        kv_L2KE = kv_T2KE[run.start : run.stop]
+        rows = run.stop - run.start
+        block = rows
+        if run.history:
+            past_L2KE = kv.gather(self._layer, run.pages_P)[run.offset : run.offset + run.history]
+            kv_L2KE = torch.cat((past_L2KE, kv_L2KE))
+            block = plan.query_block
+        k_1KLE, v_1KLE = kv_L2KE[None].permute(2, 0, 3, 1, 4)
+        for first in range(0, rows, block):
+            last = min(rows, first + block)
+            queries = slice(run.start + first, run.start + last)
+            keys = run.history + last
+            out_1HQE = F.scaled_dot_product_attention(
+                q_THE[None, queries].transpose(1, 2),
+                k_1KLE[:, :, :keys],
+                v_1KLE[:, :, :keys],
+                attn_mask=plan.prefill_mask(last - first, keys) if run.history else None,
+                is_causal=not run.history,
+                enable_gqa=True,
+            )
+            out_THE[queries] = out_1HQE[0].transpose(0, 1)

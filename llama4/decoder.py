@@ -1,0 +1,100 @@
+"""The text decoder: embedding, layers, final norm and head, over a step's ragged batch.
+
+Shapes: T rows of the step, N chosen rows, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llama4.attention import Attention
+from llama4.config import TextConfig
+from llama4.kv_pages import Batch, KVPages
+from llama4.moe import MLP, Dispatcher, MoE
+from llama4.plan import StepPlan, plan_step
+from llama4.rope import inverse_frequencies
+
+
+class RMSNorm:
+    """x / sqrt(mean(x^2) + eps) in float32, times a weight."""
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype, device: torch.device | str) -> None:
+        self._eps = eps
+        self.weight = torch.empty(width, dtype=dtype, device=device)
+
+    def __call__(self, x_TD: Tensor) -> Tensor:
+        return F.rms_norm(x_TD.float(), self.weight.shape, eps=self._eps).type_as(x_TD) * self.weight
+
+
+class Layer:
+    """Attention, then experts or a dense MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(
+        self, config: TextConfig, layer: int, dispatcher: Dispatcher, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.attention = Attention(config, layer, dtype, device)
+        self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self.feed_forward: MoE | MLP = (
+            MoE(config, layer, dispatcher, dtype, device)
+            if layer in config.moe_layers
+            else MLP(config.hidden_size, config.intermediate_size_mlp, dtype, device)
+        )
+
+    def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's names and where each tensor is kept."""
+        yield f"{prefix}.input_layernorm.weight", self.attention_norm.weight
+        yield from self.attention.tensors(f"{prefix}.self_attn")
+        yield f"{prefix}.post_attention_layernorm.weight", self.feed_forward_norm.weight
+        yield from self.feed_forward.tensors(f"{prefix}.feed_forward")
+
+    def __call__(self, h_TD: Tensor, plan: StepPlan, kv: KVPages) -> Tensor:
+        h_TD = h_TD + self.attention(self.attention_norm(h_TD), plan, kv)
+        return h_TD + self.feed_forward(self.feed_forward_norm(h_TD))
+
+
+class Decoder:
+    """The whole text model but for the routed experts. `weights.load_decoder` makes one with its weights filled in."""
+
+    def __init__(
+        self, config: TextConfig, dispatcher: Dispatcher, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        self.config = config
+        self._embedding = torch.empty((config.vocab_size, config.hidden_size), dtype=dtype, device=device)
+        self._layers = [Layer(config, n, dispatcher, dtype, device) for n in range(config.num_hidden_layers)]
+        self._norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
+        self._head = self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding)
+        self._frequencies_F = inverse_frequencies(config, device)
+
+    @property
+    def nbytes(self) -> int:
+        """The size of all weights."""
+        return sum(tensor.nbytes for _, tensor in self.tensors())
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The checkpoint's names (without `language_model.`) and where each tensor is kept."""
+        yield "model.embed_tokens.weight", self._embedding
+        for n, layer in enumerate(self._layers):
+            yield from layer.tensors(f"model.layers.{n}")
+        yield "model.norm.weight", self._norm.weight
+        if self._head is not self._embedding:
+            yield "lm_head.weight", self._head
+
+    def __call__(self, batch: Batch, kv: KVPages) -> Tensor:
+        """One step: the rows' hidden states h_TD after the final norm; their keys and values are in `kv` afterwards.
+
+        Without rows the dispatcher is still called once per MoE layer, in order.
+        """
+        plan = plan_step(self.config, batch, kv.page_size, self._frequencies_F, self._embedding.dtype)
+        h_TD = F.embedding(batch.token_ids_T.to(self._embedding.device), self._embedding)
+        for layer in self._layers:
+            h_TD = layer(h_TD, plan, kv)
+        return self._norm(h_TD)
+
+    def logits(self, h_ND: Tensor) -> Tensor:
+        """The next token's logits, float32 [N, V]."""
+        return F.linear(h_ND, self._head).float()

@@ -1,0 +1,209 @@
+"""Everything about a step's attention that depends on its batch alone, made once per step and shared by all layers.
+
+Rows that come alone (decoding) attend together, in groups of similar length: their pages are gathered and padded to
+the longest of the group. Rows that come in a run (prefilling) attend run by run; for chunked layers a run is cut at
+chunk borders.
+
+Shapes: T rows of the step, B rows of a group, P pages, L keys, Q queries of a block, F RoPE frequencies.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llama4.config import LayerKind, TextConfig
+from llama4.kv_pages import Batch, Segment
+from llama4.rope import query_temperature, rotation
+
+SMALL_GROUP_PAGES = 8  # sequences up to this many pages share one group
+GATHER_BYTES = 16 << 20  # a group's gathered pages stay within this, so that they are still in cache when they are read
+QUERY_BLOCK = 256  # queries that share one mask
+MASK_ELEMENTS = 1 << 22  # a mask's size; longer windows get smaller query blocks, down to MIN_QUERY_BLOCK
+MIN_QUERY_BLOCK = 16
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Rows that attend as one padded batch. `mask_B11L` is added to the scores: 0 inside a row's window, else -inf."""
+
+    rows_B: Tensor
+    pages_N: Tensor  # B * P page ids
+    mask_B11L: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillRun:
+    """Rows start..stop of one request within one attention window.
+
+    `history`: how many keys of the window earlier steps wrote; they start at place `offset` of the pages `pages_P`.
+    """
+
+    start: int
+    stop: int
+    history: int
+    pages_P: Tensor
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class KindPlan:
+    """The plan for the layers of one kind. `written_rows` is None where all rows are written."""
+
+    written_rows: Tensor | None
+    slots: Tensor
+    decode: tuple[DecodeGroup, ...]
+    prefill: tuple[PrefillRun, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """A step's plan. `mask_QL` serves all prefill runs that have a history: see `prefill_mask`."""
+
+    kinds: dict[LayerKind, KindPlan]
+    rotation_TF: Tensor
+    temperature_T11: Tensor | None
+    mask_QL: Tensor
+
+    @property
+    def query_block(self) -> int:
+        """The largest number of queries that `prefill_mask` serves at a time."""
+        return self.mask_QL.shape[0]
+
+    def prefill_mask(self, queries: int, keys: int) -> Tensor:
+        """The mask of the last `queries` of `keys` positions: query i sees keys up to keys - queries + i."""
+        return self.mask_QL[self.query_block - queries :, self.mask_QL.shape[1] - keys :]
+
+
+def plan_step(config: TextConfig, batch: Batch, page_size: int, frequencies_F: Tensor, dtype: torch.dtype) -> StepPlan:
+    """Plans a step on the device of `frequencies_F`; masks get `dtype`, that of the queries."""
+    device = frequencies_F.device
+    kinds = {kind: _Planner(config, kind, page_size, dtype, device).plan(batch) for kind in set(config.layer_kinds)}
+    positions_T = batch.positions_T.to(device)
+    with_history = [run for plan in kinds.values() for run in plan.prefill if run.history]
+    queries = max((run.stop - run.start for run in with_history), default=0)
+    keys = max((run.history + run.stop - run.start for run in with_history), default=0)
+    if with_history:
+        queries = min(queries, QUERY_BLOCK, max(MIN_QUERY_BLOCK, MASK_ELEMENTS // keys))
+    return StepPlan(
+        kinds=kinds,
+        rotation_TF=rotation(positions_T, frequencies_F),
+        temperature_T11=(
+            query_temperature(config, positions_T)[:, None, None] if config.attn_temperature_tuning else None
+        ),
+        mask_QL=torch.full((queries, keys), -math.inf, dtype=dtype, device=device).triu(keys - queries + 1),
+    )
+
+
+class _Planner:
+    """Plans one layer kind."""
+
+    def __init__(
+        self, config: TextConfig, kind: LayerKind, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._config = config
+        self._kind = kind
+        self._page_size = page_size
+        self._dtype = dtype
+        self._device = device
+        token_bytes = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
+        self._group_pages = max(1, GATHER_BYTES // (token_bytes * page_size))
+
+    def plan(self, batch: Batch) -> KindPlan:
+        decoding = [segment for segment in batch.segments if segment.length == 1]
+        prefilling = [segment for segment in batch.segments if segment.length > 1]
+        rows: list[int] = []
+        slots: list[int] = []
+        for segment in batch.segments:
+            first = self._first_kept(segment)
+            rows.extend(range(segment.start + first, segment.start + segment.length))
+            slots.extend(self._slots(segment, first))
+        all_rows = len(rows) == batch.token_ids_T.shape[0]
+        return KindPlan(
+            written_rows=None if all_rows else self._indices(rows),
+            slots=self._indices(slots),
+            decode=tuple(self._group(group) for group in self._grouped(decoding)),
+            prefill=tuple(run for segment in prefilling for run in self._runs(segment)),
+        )
+
+    def _indices(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64).to(self._device)
+
+    def _window_pages(self, segment: Segment, start: int, stop: int) -> list[int]:
+        """The ids of the pages that hold the positions start..stop."""
+        if start == stop:
+            return []
+        first, end = start // self._page_size, -(-stop // self._page_size)
+        ids = [page for page in segment.pages[self._kind][first:end] if page is not None]
+        assert len(ids) == end - first, "a page that is written or read must have an id"
+        return ids
+
+    def _first_kept(self, segment: Segment) -> int:
+        """The first of the segment's rows that later steps can attend to: those of the last row's chunk are kept."""
+        last = segment.position + segment.length - 1
+        return max(0, self._config.window_start(self._kind, last) - segment.position)
+
+    def _slots(self, segment: Segment, first: int) -> list[int]:
+        size = self._page_size
+        start, stop = segment.position + first, segment.position + segment.length
+        pages = self._window_pages(segment, start, stop)
+        offset = start // size * size
+        return [pages[(p - offset) // size] * size + p % size for p in range(start, stop)]
+
+    def _grouped(self, segments: Sequence[Segment]) -> list[list[tuple[Segment, list[int]]]]:
+        """Segments with their windows' pages, in groups of like page counts (powers of two) within GATHER_BYTES."""
+        buckets: dict[int, list[tuple[Segment, list[int]]]] = {}
+        for segment in segments:
+            start = self._config.window_start(self._kind, segment.position)
+            pages = self._window_pages(segment, start, segment.position + 1)
+            size = max(SMALL_GROUP_PAGES, 1 << (len(pages) - 1).bit_length())
+            buckets.setdefault(size, []).append((segment, pages))
+        groups: list[list[tuple[Segment, list[int]]]] = []
+        for size, members in sorted(buckets.items()):
+            count = max(1, self._group_pages // size)
+            groups.extend(members[i : i + count] for i in range(0, len(members), count))
+        return groups
+
+    def _group(self, members: Sequence[tuple[Segment, list[int]]]) -> DecodeGroup:
+        width = max(len(pages) for _, pages in members)
+        # Padding repeats a page of the row's own: it is masked, and any page will do.
+        pages_N = [page for _, pages in members for page in pages + pages[:1] * (width - len(pages))]
+        lows, highs = [], []
+        for segment, _ in members:
+            start = self._config.window_start(self._kind, segment.position)
+            lows.append(start % self._page_size)
+            highs.append(lows[-1] + segment.position - start)
+        lows_B1, highs_B1 = torch.tensor(lows)[:, None], torch.tensor(highs)[:, None]
+        places_L = torch.arange(width * self._page_size)
+        outside_BL = (places_L < lows_B1) | (places_L > highs_B1)
+        mask_BL = torch.zeros(outside_BL.shape, dtype=self._dtype).masked_fill_(outside_BL, -math.inf)
+        return DecodeGroup(
+            rows_B=self._indices([segment.start for segment, _ in members]),
+            pages_N=self._indices(pages_N),
+            mask_B11L=mask_BL[:, None, None].to(self._device),
+        )
+
+    def _runs(self, segment: Segment) -> list[PrefillRun]:
+        runs = []
+        position, end = segment.position, segment.position + segment.length
+        while position < end:
+            start = self._config.window_start(self._kind, position)
+            stop = end
+            if self._kind == "chunked":
+                assert self._config.attention_chunk_size is not None
+                stop = min(end, start + self._config.attention_chunk_size)
+            runs.append(
+                PrefillRun(
+                    start=segment.start + position - segment.position,
+                    stop=segment.start + stop - segment.position,
+                    history=position - start,
+                    pages_P=self._indices(self._window_pages(segment, start, position)),
+                    offset=start % self._page_size,
+                )
+            )
+            position = stop
+        return runs

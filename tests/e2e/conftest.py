@@ -1,0 +1,41 @@
+"""Deployments for the tests: real Ray, real actors, real endpoints, one at a time."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from actors.deployment import Deployment, launch
+from cluster.config import load_config
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "checkpoints" / "tiny"
+CONFIG = ROOT / "configs" / "tiny_cpu.yaml"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(*settings: str, address: str | None = None) -> Iterator[Deployment]:
+    """The tiny deployment under these settings, stopped at the end."""
+    ports = (f"gateway.http_port={free_port()}", f"gateway.grpc_port={free_port()}")
+    deployment = launch(load_config(CONFIG, [*ports, *settings]), address=address)
+    try:
+        yield deployment
+    finally:
+        deployment.stop()
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[Deployment]:
+    """Two attention and two expert actors over the bundled checkpoint."""
+    with running() as deployment:
+        yield deployment

@@ -1,0 +1,95 @@
+"""The oracle of the parity tests: random small checkpoints that transformers writes, and its logits for them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor
+
+from llama4.config import TextConfig
+
+SMALL = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "intermediate_size_mlp": 40,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 1,
+    "attention_chunk_size": 7,
+    "floor_scale": 4,
+    "attn_scale": 0.5,
+    "max_position_embeddings": 512,
+}
+SMALL_VISION = {
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "vision_output_dim": 16,
+    "image_size": 28,
+    "patch_size": 14,
+    "projector_input_dim": 16,
+    "projector_output_dim": 16,
+}
+
+
+def save_random(
+    path: str | Path,
+    *,
+    seed: int,
+    conditional: bool = False,
+    max_shard_size: str = "5GB",
+    dtype: torch.dtype = torch.float32,
+    **overrides: object,
+) -> TextConfig:
+    """Writes a random checkpoint of `SMALL` shape with `overrides`, and returns its config.
+
+    `conditional` writes `Llama4ForConditionalGeneration` with a small vision tower, else `Llama4ForCausalLM`. The
+    weights are large enough that routing, chunks, positions and the query temperature show in the logits.
+    """
+    text = {**SMALL, **overrides}
+    text_config = transformers.Llama4TextConfig(**text)
+    if conditional:
+        tie = bool(text.get("tie_word_embeddings", False))
+        both = transformers.Llama4Config(
+            text_config=text_config.to_dict(), vision_config=SMALL_VISION, tie_word_embeddings=tie
+        )
+        model = transformers.Llama4ForConditionalGeneration(both)
+    else:
+        model = transformers.Llama4ForCausalLM(text_config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            noise = torch.randn(weight.shape, generator=generator)
+            if "norm" in name:
+                weight.copy_(1 + 0.2 * noise)
+            elif weight.dim() == 1:
+                weight.copy_(0.5 * noise)
+            elif "embed_tokens" in name:
+                weight.copy_(noise / weight.shape[1] ** 0.5)
+            else:
+                fan_in = weight.shape[-2] if "experts.gate_up" in name or "experts.down" in name else weight.shape[-1]
+                gain = 2.0 if "q_proj" in name or "k_proj" in name or "router" in name else 1.0
+                weight.copy_(noise * gain / fan_in**0.5)
+    model.to(dtype).save_pretrained(path, max_shard_size=max_shard_size)
+    return TextConfig.from_dir(path)
+
+
+def reference_logits(path: str | Path, token_ids: Sequence[int]) -> Tensor:
+    """transformers' float32 logits [T, V] of a whole prefill, without a cache."""
+    architecture = json.loads((Path(path) / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, architecture).from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+    model = getattr(model, "language_model", model)
+    if model.config.attention_chunk_size is None:  # transformers wants a number; None is Herder's "all of it"
+        model.config.attention_chunk_size = 1 << 20
+    with torch.no_grad():
+        logits: Tensor = model(torch.tensor([list(token_ids)]), use_cache=False).logits[0]
+    return logits.float()
