@@ -17,7 +17,7 @@ from dispatch.all_to_all import AllToAllDispatcher
 from dispatch.groups import EpochGroup
 from dispatch.lockstep import Lockstep
 from engine.engine import Engine
-from engine.pages import LayerGroup, PageAllocator
+from engine.pages import LayerGroup, LayerKind, PageAllocator
 from engine.request import EngineLoad, Request, RequestOutput, RequestRejected
 from engine.scheduler import Limits, Scheduler
 from engine.step import Stepper
@@ -139,11 +139,11 @@ def _run(engine: Engine, group: EpochGroup) -> None:
         group.close()
 
 
-def layer_groups(config: DeploymentConfig, text_config: TextConfig) -> dict[str, LayerGroup]:
+def layer_groups(config: DeploymentConfig, text_config: TextConfig) -> dict[LayerKind, LayerGroup]:
     """The page pools: full-attention layers hold `kv_tokens`, chunked ones the chunks of all running sequences."""
     engine = config.engine
     full = engine.kv_tokens // engine.page_size
-    groups = {}
+    groups: dict[LayerKind, LayerGroup] = {}
     if "full" in text_config.layer_kinds:
         groups["full"] = LayerGroup(full)
     if "chunked" in text_config.layer_kinds:

@@ -166,6 +166,8 @@ class EpochGroup:
             ipaddress.ip_address(address)
         except ValueError:
             raise ValueError(f"address must be an IP address of this host, got {address!r}") from None
+        if device.type == "cuda" and not dist.is_nccl_available():
+            raise ValueError("rows on a GPU travel by NCCL, and this torch is built without NCCL")
         try:
             scope = PrefixStore(f"epoch/{epoch}", store.meeting)
             control = _gloo_group(PrefixStore("control", scope), rank, world.size, address, timeout_s)
@@ -241,9 +243,7 @@ def _gloo_group(store: Store, rank: int, size: int, address: str, timeout_s: flo
 
 
 def _nccl_group(store: Store, rank: int, size: int, device: torch.device, timeout_s: float) -> ProcessGroup:
-    if not dist.is_nccl_available():
-        raise ValueError("rows on a GPU travel by NCCL, and this torch is built without NCCL")
-    from torch.distributed import ProcessGroupNCCL
+    from torch.distributed import ProcessGroupNCCL  # a torch without CUDA has none
 
     options = ProcessGroupNCCL.Options()
     options._timeout = timedelta(seconds=timeout_s)

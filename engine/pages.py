@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+LayerKind: TypeAlias = Literal["full", "chunked"]  # llama4.config's, which would bring torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +52,13 @@ class PagePool:
 class PageTable:
     """One sequence's pages in each layer group, by absolute page index; None where a past chunk's page was freed."""
 
-    pages: dict[str, list[int | None]] = field(default_factory=dict)
+    pages: dict[LayerKind, list[int | None]] = field(default_factory=dict)
 
 
 class PageAllocator:
     """Gives pages to sequences and takes them back, for all layer groups at once."""
 
-    def __init__(self, groups: dict[str, LayerGroup], page_size: int) -> None:
+    def __init__(self, groups: dict[LayerKind, LayerGroup], page_size: int) -> None:
         self.page_size = page_size
         self.groups = groups
         self.pools = {kind: PagePool(group.pages) for kind, group in groups.items()}

@@ -33,14 +33,12 @@ class RMSNorm:
 class Layer:
     """Attention, then experts or a dense MLP, each behind a norm and added to the residual stream."""
 
-    def __init__(
-        self, config: TextConfig, layer: int, dispatcher: Dispatcher, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
+    def __init__(self, config: TextConfig, layer: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.attention_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.attention = Attention(config, layer, dtype, device)
         self.feed_forward_norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self.feed_forward: MoE | MLP = (
-            MoE(config, layer, dispatcher, dtype, device)
+            MoE(config, layer, dtype, device)
             if layer in config.moe_layers
             else MLP(config.hidden_size, config.intermediate_size_mlp, dtype, device)
         )
@@ -52,20 +50,21 @@ class Layer:
         yield f"{prefix}.post_attention_layernorm.weight", self.feed_forward_norm.weight
         yield from self.feed_forward.tensors(f"{prefix}.feed_forward")
 
-    def __call__(self, h_TD: Tensor, plan: StepPlan, kv: KVPages) -> Tensor:
+    def __call__(self, h_TD: Tensor, plan: StepPlan, kv: KVPages, dispatcher: Dispatcher) -> Tensor:
         h_TD = h_TD + self.attention(self.attention_norm(h_TD), plan, kv)
-        return h_TD + self.feed_forward(self.feed_forward_norm(h_TD))
+        x_TD = self.feed_forward_norm(h_TD)
+        if isinstance(self.feed_forward, MoE):
+            return h_TD + self.feed_forward(x_TD, dispatcher)
+        return h_TD + self.feed_forward(x_TD)
 
 
 class Decoder:
     """The whole text model but for the routed experts. `weights.load_decoder` makes one with its weights filled in."""
 
-    def __init__(
-        self, config: TextConfig, dispatcher: Dispatcher, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
+    def __init__(self, config: TextConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         self.config = config
         self._embedding = torch.empty((config.vocab_size, config.hidden_size), dtype=dtype, device=device)
-        self._layers = [Layer(config, n, dispatcher, dtype, device) for n in range(config.num_hidden_layers)]
+        self._layers = [Layer(config, n, dtype, device) for n in range(config.num_hidden_layers)]
         self._norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
         self._head = self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding)
         self._frequencies_F = inverse_frequencies(config, device)
@@ -84,15 +83,15 @@ class Decoder:
         if self._head is not self._embedding:
             yield "lm_head.weight", self._head
 
-    def __call__(self, batch: Batch, kv: KVPages) -> Tensor:
+    def __call__(self, batch: Batch, kv: KVPages, dispatcher: Dispatcher) -> Tensor:
         """One step: the rows' hidden states h_TD after the final norm; their keys and values are in `kv` afterwards.
 
-        Without rows the dispatcher is still called once per MoE layer, in order.
+        `dispatcher` reaches the experts, for this step; without rows it is still called once per MoE layer, in order.
         """
         plan = plan_step(self.config, batch, kv.page_size, self._frequencies_F, self._embedding.dtype)
         h_TD = F.embedding(batch.token_ids_T.to(self._embedding.device), self._embedding)
         for layer in self._layers:
-            h_TD = layer(h_TD, plan, kv)
+            h_TD = layer(h_TD, plan, kv, dispatcher)
         return self._norm(h_TD)
 
     def logits(self, h_ND: Tensor) -> Tensor:

@@ -49,11 +49,8 @@ class MLP:
 class MoE:
     """One layer's router and shared expert; the routed experts are wherever the dispatcher brings the tokens."""
 
-    def __init__(
-        self, config: TextConfig, layer: int, dispatcher: Dispatcher, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
+    def __init__(self, config: TextConfig, layer: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self._layer = layer
-        self._dispatcher = dispatcher
         self._top_k = config.num_experts_per_tok
         self._scores_on_input = config.router_scores == "sigmoid"
         self.router = torch.empty((config.num_local_experts, config.hidden_size), dtype=dtype, device=device)
@@ -64,18 +61,18 @@ class MoE:
         yield f"{prefix}.router.weight", self.router
         yield from self.shared_expert.tensors(f"{prefix}.shared_expert")
 
-    def __call__(self, x_TD: Tensor) -> Tensor:
+    def __call__(self, x_TD: Tensor, dispatcher: Dispatcher) -> Tensor:
         logits_TE = F.linear(x_TD, self.router)
         chosen_TK, expert_ids_TK = torch.topk(logits_TE, self._top_k, dim=-1)
         if self._scores_on_input:
             # Each (token, choice) has an input of its own, so each is a row with one expert.
             scores_TK1 = torch.sigmoid(chosen_TK.float()).to(x_TD.dtype)[:, :, None]
             rows_ND = (x_TD[:, None, :] * scores_TK1).flatten(0, 1)
-            ticket = self._dispatcher.dispatch(rows_ND, expert_ids_TK.reshape(-1, 1), self._layer)
+            ticket = dispatcher.dispatch(rows_ND, expert_ids_TK.reshape(-1, 1), self._layer)
         else:
-            ticket = self._dispatcher.dispatch(x_TD, expert_ids_TK, self._layer)
+            ticket = dispatcher.dispatch(x_TD, expert_ids_TK, self._layer)
         y_TD = self.shared_expert(x_TD)
-        routed: Tensor = self._dispatcher.combine(ticket)
+        routed: Tensor = dispatcher.combine(ticket)
         if self._scores_on_input:
             return y_TD + routed.view(*expert_ids_TK.shape, x_TD.shape[-1]).sum(dim=1)
         log_total_T1 = torch.logsumexp(logits_TE.float(), dim=-1, keepdim=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llama4.config import TextConfig
 from llama4.decoder import Decoder
-from llama4.moe import Dispatcher, Experts
+from llama4.moe import Experts
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
@@ -82,7 +82,7 @@ class Checkpoint:
 
         Raises CheckpointError for the first that is not.
         """
-        for name, tensor in _meta_decoder(config).tensors():
+        for name, tensor in Decoder(config, torch.float32, "meta").tensors():
             self.find(name, tensor.shape)
         one_each = Experts(config, {layer: [0] for layer in config.moe_layers}, torch.float32, "meta")
         for name, _, part in one_each.tensors():
@@ -92,13 +92,12 @@ class Checkpoint:
 def load_decoder(
     checkpoint: Checkpoint,
     config: TextConfig,
-    dispatcher: Dispatcher,
     dtype: torch.dtype,
     device: torch.device | str,
     on_progress: Progress | None = None,
 ) -> Decoder:
     """The decoder with its weights. `on_progress` gets the checkpoint's bytes that are read, and their total."""
-    decoder = Decoder(config, dispatcher, dtype, device)
+    decoder = Decoder(config, dtype, device)
     parts = [_Part(checkpoint.find(name, tensor.shape), None, tensor) for name, tensor in decoder.tensors()]
     _copy(parts, on_progress)
     return decoder
@@ -155,19 +154,6 @@ def _copy_rows(part: _Part, first: int, last: int) -> None:
             part.target[first:last].copy_(rows)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{part.stored.name} cannot be read from {part.stored.file}: {error}") from error
-
-
-def _meta_decoder(config: TextConfig) -> Decoder:
-    """A decoder without storage, for its tensors' names and shapes."""
-    return Decoder(config, _NoDispatcher(), torch.float32, "meta")
-
-
-class _NoDispatcher:
-    def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor, layer: int) -> None:
-        raise AssertionError("a decoder without storage cannot run")
-
-    def combine(self, ticket: None) -> Tensor:
-        raise AssertionError("a decoder without storage cannot run")
 
 
 def _read_index(file: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ class SingleProcess:
         scheduler = Scheduler(
             Limits(max_batch_tokens, max_running, 10_000),
             PageAllocator(groups, page_size),
-            clock=lambda: 0.0,
+            clock=time.time,
             new_seed=lambda: next(seeds),
         )
         dispatcher = LocalDispatcher(experts, config.num_local_experts)

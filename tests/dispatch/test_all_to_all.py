@@ -257,15 +257,10 @@ def test_rejects_an_address_that_needs_a_resolver(port, epoch):
 
 
 @pytest.mark.skipif(torch.distributed.is_nccl_available(), reason="this torch has NCCL")
-def test_nccl_without_nccl(pool, port, epoch):
-    pool.run(2, _form_nccl, World((0,), (0,)), epoch, port)
-
-
-def _form_nccl(rank, world, epoch, port):
+def test_nccl_without_nccl(port, epoch):
+    world, device = World((0,), (0,)), torch.device("cuda")
     with pytest.raises(ValueError, match="built without NCCL"):
-        EpochGroup.form(
-            epoch, world, rank, connect(port), address="127.0.0.1", timeout_s=9, device=torch.device("cuda")
-        )
+        EpochGroup.form(epoch, world, 0, connect(port), address="127.0.0.1", timeout_s=9, device=device)
 
 
 @pytest.mark.parametrize(("attention", "slots"), [((), (0,)), ((0,), ()), ((0, 0), (1,)), ((0,), (1, 1))])

@@ -54,7 +54,7 @@ class Runner:
         all_experts = {layer: range(self.config.num_local_experts) for layer in self.config.moe_layers}
         experts = load_experts(checkpoint, self.config, all_experts, dtype, "cpu")
         self.dispatcher = HereDispatcher(experts)
-        self.decoder = load_decoder(checkpoint, self.config, self.dispatcher, dtype, "cpu")
+        self.decoder = load_decoder(checkpoint, self.config, dtype, "cpu")
         self.requests = [list(request) for request in requests]
         self.done = [0] * len(requests)
         self.page_size = page_size
@@ -87,7 +87,7 @@ class Runner:
             first = self.done[request]
             segments.append(Segment(len(token_ids), n, first, self._pages(request, n)))  # type: ignore[arg-type]
             token_ids += self.requests[request][first : first + n]
-        hidden = self.decoder(Batch.of(token_ids, segments), self.kv)
+        hidden = self.decoder(Batch.of(token_ids, segments), self.kv, self.dispatcher)
         for request, n in work:
             self.done[request] += n
         return list(self.decoder.logits(hidden).split([n for _, n in work]))

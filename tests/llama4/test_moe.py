@@ -14,7 +14,7 @@ def make(top_k: int, scores: str) -> tuple[MoE, Experts, torch.Tensor]:
     torch.manual_seed(0)
     config = TextConfig.from_dict({**SMALL, "num_experts_per_tok": top_k}, scores)  # type: ignore[arg-type]
     experts = Experts(config, {2: range(4)}, torch.float32, "cpu")
-    moe = MoE(config, 2, HereDispatcher(experts), torch.float32, "cpu")
+    moe = MoE(config, 2, torch.float32, "cpu")
     for _, tensor in moe.tensors("x"):
         tensor.normal_(std=0.3)
     for _, _, tensor in experts.tensors():
@@ -31,7 +31,7 @@ def expert(experts: Experts, n: int, x_D: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_softmax_weights_the_output(top_k: int) -> None:
     moe, experts, x_TD = make(top_k, "softmax")
-    for x_D, got_D in zip(x_TD, moe(x_TD), strict=True):
+    for x_D, got_D in zip(x_TD, moe(x_TD, HereDispatcher(experts)), strict=True):
         p_E = torch.softmax(moe.router @ x_D, dim=0)
         chosen = sorted(range(4), key=lambda e: -p_E[e])[:top_k]
         want_D = moe.shared_expert(x_D) + sum(p_E[e] * expert(experts, e, x_D) for e in chosen)
@@ -41,7 +41,7 @@ def test_softmax_weights_the_output(top_k: int) -> None:
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_sigmoid_scales_the_input(top_k: int) -> None:
     moe, experts, x_TD = make(top_k, "sigmoid")
-    for x_D, got_D in zip(x_TD, moe(x_TD), strict=True):
+    for x_D, got_D in zip(x_TD, moe(x_TD, HereDispatcher(experts)), strict=True):
         logits_E = moe.router @ x_D
         chosen = sorted(range(4), key=lambda e: -logits_E[e])[:top_k]
         want_D = moe.shared_expert(x_D) + sum(expert(experts, e, x_D * logits_E[e].sigmoid()) for e in chosen)
@@ -49,7 +49,7 @@ def test_sigmoid_scales_the_input(top_k: int) -> None:
 
 
 def test_the_shared_expert_runs_between_dispatch_and_combine() -> None:
-    moe, _, x_TD = make(1, "sigmoid")
+    moe, experts, x_TD = make(1, "sigmoid")
     order: list[str] = []
 
     class Spy(HereDispatcher):
@@ -62,9 +62,8 @@ def test_the_shared_expert_runs_between_dispatch_and_combine() -> None:
             return super().combine(ticket)
 
     shared = moe.shared_expert
-    moe._dispatcher = Spy(moe._dispatcher.experts)  # type: ignore[attr-defined]
     moe.shared_expert = lambda x_TD: order.append("shared") or shared(x_TD)  # type: ignore[assignment, func-returns-value]
-    moe(x_TD)
+    moe(x_TD, Spy(experts))
     assert order == ["dispatch", "shared", "combine"]
 
 

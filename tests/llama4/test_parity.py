@@ -175,7 +175,7 @@ def test_without_tokens_the_dispatcher_is_still_called(tmp_path: Path) -> None:
     config = save_random(tmp_path, seed=1, interleave_moe_layer_step=2, no_rope_layer_interval=2)
     for scores in ("sigmoid", "softmax"):
         runner = Runner(tmp_path, [[1]], page_size=4, router_scores=scores)
-        hidden = runner.decoder(Batch.of([], []), runner.kv)
+        hidden = runner.decoder(Batch.of([], []), runner.kv, runner.dispatcher)
         assert hidden.shape == (0, config.hidden_size)
         assert runner.decoder.logits(hidden).shape == (0, config.vocab_size)
         assert runner.dispatcher.calls == [(1, 0), (3, 0)]

@@ -17,7 +17,7 @@ from llama4.config import TextConfig
 from llama4.precision import choose_dtype
 from llama4.weights import Checkpoint, CheckpointError, load_decoder, load_experts
 from tests.llama4.reference import SMALL, reference_logits, save_random
-from tests.llama4.runner import HereDispatcher, Runner
+from tests.llama4.runner import Runner
 
 
 def sharded(path: Path, **overrides: object) -> TextConfig:
@@ -48,10 +48,10 @@ def test_bfloat16_is_converted(tmp_path: Path) -> None:
 def test_small_blocks_and_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = sharded(tmp_path)
     checkpoint = Checkpoint(tmp_path)
-    whole = load_decoder(checkpoint, config, HereDispatcher, torch.float32, "cpu")  # type: ignore[arg-type]
+    whole = load_decoder(checkpoint, config, torch.float32, "cpu")
     monkeypatch.setattr(weights, "BLOCK_BYTES", 300)
     calls: list[tuple[int, int]] = []
-    blocks = load_decoder(checkpoint, config, HereDispatcher, torch.float32, "cpu", lambda *c: calls.append(c))  # type: ignore[arg-type]
+    blocks = load_decoder(checkpoint, config, torch.float32, "cpu", lambda *c: calls.append(c))
     for (name, a), (_, b) in zip(whole.tensors(), blocks.tensors(), strict=True):
         assert torch.equal(a, b), name
     assert calls == sorted(calls) and len(set(calls)) == len(calls)
