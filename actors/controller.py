@@ -59,8 +59,9 @@ class Controller:
         """Brings the deployment up to readiness. Raises what went wrong; `stop` cleans up then as well."""
         roles = bundles(self._config)
         self._phase = "waiting for room in the cluster"
+        timeout_s = self._config.placement_timeout_s
         for role in ("attention", "experts"):
-            self._placement_groups.append(await asyncio.to_thread(reserve, role, roles[role]))
+            self._placement_groups.append(await asyncio.to_thread(reserve, role, roles[role], timeout_s))
         self._phase = "starting actors"
         attention_group, expert_group = self._placement_groups
         self._rendezvous = Rendezvous.options(name="rendezvous", lifetime="detached").remote()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -17,26 +18,27 @@ from cluster.launch import connect
 from llama4.config import TextConfig
 
 Progress = Callable[[str, int, int], None]
+APP_NAME = "herder"  # of the Serve application
 _PROGRESS_EVERY_S = 0.2
+_STOP_TIMEOUT_S = 30.0
 
 
 class Deployment:
     """A deployment that is up. `stop` may be called again."""
 
-    def __init__(self, config: DeploymentConfig, controller: ActorHandle, *, owns_ray: bool) -> None:
+    def __init__(self, config: DeploymentConfig, controller: ActorHandle) -> None:
         gateway = config.gateway
         self.http_url = f"http://{gateway.host}:{gateway.http_port}"
         self.grpc_address = f"{gateway.host}:{gateway.grpc_port}"
         self._controller = controller
-        self._owns_ray = owns_ray
 
     def wait(self) -> None:
         """Returns only by an exception: RuntimeError when the deployment cannot serve any more, or a signal's."""
         raise RuntimeError(ray.get(self._controller.until_fault.remote()))
 
     def stop(self) -> None:
-        """Gateway first, then engines and experts, then Ray itself if it was started here."""
-        _tear_down(self._controller, self._owns_ray)
+        """Ends engines and experts, then the gateways, then Ray itself if `launch` started it."""
+        _tear_down(self._controller)
 
 
 def launch(config: DeploymentConfig, address: str | None = None, on_progress: Progress | None = None) -> Deployment:
@@ -48,8 +50,8 @@ def launch(config: DeploymentConfig, address: str | None = None, on_progress: Pr
 
     Raises whatever kept it from starting, after everything that was started has been stopped.
     """
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     connect(config, address)
-    owns_ray = address is None
     controller = Controller.options(name=NAME, lifetime="detached").remote(config)
     try:
         started = controller.start.remote()
@@ -57,9 +59,9 @@ def launch(config: DeploymentConfig, address: str | None = None, on_progress: Pr
         ray.get(started)
         _serve(config)
     except BaseException:
-        _tear_down(controller, owns_ray)
+        _tear_down(controller)
         raise
-    return Deployment(config, controller, owns_ray=owns_ray)
+    return Deployment(config, controller)
 
 
 def _ignore(name: str, done: int, total: int) -> None:
@@ -95,15 +97,17 @@ def _serve(config: DeploymentConfig) -> None:
         max_ongoing_requests=gateway.max_ongoing_requests,
         log_level=config.log_level,
     )
-    serve.run(app, name="herder", route_prefix="/")
+    serve.run(app, name=APP_NAME, route_prefix="/")
 
 
-def _tear_down(controller: ActorHandle, owns_ray: bool) -> None:
+def _tear_down(controller: ActorHandle) -> None:
     if not ray.is_initialized():
         return
-    serve.shutdown()
     try:
-        ray.get(controller.stop.remote(), timeout=30)
+        # Engines first: what runs ends with an error that says so, and then no stream holds up the gateways.
+        ray.get(controller.stop.remote(), timeout=_STOP_TIMEOUT_S)
+        if APP_NAME in serve.status().applications:
+            serve.delete(APP_NAME)
     finally:
         ray.kill(controller)
-        ray.shutdown()
+        ray.shutdown()  # ends Ray itself if it was started here

@@ -22,7 +22,7 @@ from actors.status import ActorStatus
 from cluster.config import DeploymentConfig, RoleConfig
 from dispatch.expert_map import ExpertMap
 from dispatch.groups import EpochGroup, World
-from dispatch.store import connect_store
+from dispatch.store import StoreClients, connect_store
 
 log = logging.getLogger("herder")
 
@@ -55,6 +55,7 @@ class Member:
         self.device = torch.device(role.device)
         self.state = "starting"
         self.loaded = (0, 0)  # bytes done, bytes in all
+        self._stores: dict[tuple[str, int], StoreClients] = {}
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def on_progress(self, done: int, total: int) -> None:
@@ -72,13 +73,16 @@ class Member:
         world = epoch.world
         rank = world.attention_rank(self.number) if self.kind == "attention" else world.slot_rank(self.number)
         timeout_s = self.config.transport.timeout_s
+        meeting_place = (epoch.store_host, epoch.store_port)
 
         def form() -> EpochGroup:
+            if meeting_place not in self._stores:
+                self._stores[meeting_place] = connect_store(*meeting_place, timeout_s)
             return EpochGroup.form(
                 epoch.expert_map.epoch,
                 world,
                 rank,
-                connect_store(epoch.store_host, epoch.store_port, timeout_s),
+                self._stores[meeting_place],
                 address=ray.util.get_node_ip_address(),
                 timeout_s=timeout_s,
                 device=self.device,

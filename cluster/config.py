@@ -114,6 +114,7 @@ class DeploymentConfig(_Section):
     engine: EngineConfig = EngineConfig()
     transport: TransportConfig = TransportConfig()
     gateway: GatewayConfig = GatewayConfig()
+    placement_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # for Ray to find room; an autoscaler needs minutes
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @model_validator(mode="after")

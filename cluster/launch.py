@@ -14,7 +14,12 @@ from cluster.config import DeploymentConfig
 from cluster.placement import RoleBundles, bundles
 
 NAMESPACE = "herder"
-_PLACEMENT_TIMEOUT_S = 60.0
+_ENVIRONMENT = {
+    # torch's store looks its peers up in DNS at every connection; without an answer, each would take five seconds.
+    "RES_OPTIONS": "timeout:1 attempts:1",
+    # A dead peer is an error to deal with, not an end of the process.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+}
 
 
 class PlacementError(RuntimeError):
@@ -34,12 +39,13 @@ def connect(config: DeploymentConfig, address: str | None) -> None:
         num_cpus=num_cpus,
         include_dashboard=True if address is None else None,
         namespace=NAMESPACE,
+        runtime_env={"env_vars": _ENVIRONMENT},
         log_to_driver=False,
         logging_level=logging.ERROR,
     )
 
 
-def reserve(name: str, role: RoleBundles) -> PlacementGroup:
+def reserve(name: str, role: RoleBundles, timeout_s: float) -> PlacementGroup:
     """A placement group for one role's actors, in rank or slot order. Raises PlacementError when it cannot be had."""
     group: PlacementGroup = placement_group(
         [dict(bundle) for bundle in role.bundles],
@@ -48,14 +54,14 @@ def reserve(name: str, role: RoleBundles) -> PlacementGroup:
         lifetime="detached",
     )
     try:
-        ray.get(group.ready(), timeout=_PLACEMENT_TIMEOUT_S)
+        ray.get(group.ready(), timeout=timeout_s)
     except GetTimeoutError:
         release(group)
         available: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
         free = {name: amount for name, amount in available.items() if ":" not in name}
         raise PlacementError(
             f"{name}.actors: no room for {len(role.bundles)} actors of {role.bundles[0]} each ({role.strategy}) within "
-            f"{_PLACEMENT_TIMEOUT_S:.0f} s; the cluster has {free} free"
+            f"placement_timeout_s ({timeout_s:g}); the cluster has {free} free"
         ) from None
     return group
 

@@ -19,7 +19,7 @@ from llama4.moe import Experts
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # Pages of a memory-mapped file count as resident until the file is closed, so it is reopened for every block (0.2 ms).
-BLOCK_BYTES = 4 << 20
+BLOCK_BYTES = 2 << 20
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
