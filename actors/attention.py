@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 import ray
 
 from actors.member import Epoch, Member
+from actors.model_info import ModelInfo
 from actors.outbox import Outbox
 from actors.status import ActorStatus
 from cluster.config import DeploymentConfig
@@ -17,6 +19,7 @@ from dispatch.all_to_all import AllToAllDispatcher
 from dispatch.groups import EpochGroup
 from dispatch.lockstep import Lockstep
 from engine.engine import Engine
+from engine.grammar import Grammars
 from engine.pages import LayerGroup, LayerKind, PageAllocator
 from engine.request import EngineLoad, Request, RequestOutput, RequestRejected
 from engine.scheduler import Limits, Scheduler
@@ -43,6 +46,9 @@ class AttentionActor:
         self._member = Member("attention", rank, config.attention, config)
         self._dtype = choose_dtype(self._member.device, config.model.dtype)
         self._text_config = TextConfig.from_dir(config.model.path, router_scores=config.model.router_scores)
+        max_context = config.model.max_context or self._text_config.max_position_embeddings
+        info = ModelInfo.from_dir(config.model.path, config.model.served_name, max_context)
+        self._grammars = Grammars(config.model.path, info.vocab_size, info.eos_token_ids)
         self._decoder: Decoder | None = None
         self._engine: Engine | None = None
         self._outbox: Outbox | None = None
@@ -90,12 +96,15 @@ class AttentionActor:
     async def submit(self, request: Request, gateway_id: str) -> RequestRejected | None:
         """Queues a request whose outputs go to this gateway's stream; returns why not, if it is not taken."""
         assert self._engine is not None and self._outbox is not None, "join comes first"
-        self._outbox.expect(request.request_id, gateway_id)
         try:
-            self._engine.submit(request)
+            matcher = None
+            if request.grammar is not None:  # beside the event loop: a large one takes seconds
+                matcher = await asyncio.to_thread(self._grammars.compile, request.grammar)
+            self._engine.submit(request, matcher)
         except RequestRejected as rejection:
-            self._outbox.forget(request.request_id)
             return rejection
+        # Outputs come through this event loop, so none is sorted before this.
+        self._outbox.expect(request.request_id, gateway_id)
         return None
 
     async def abort(self, request_ids: Sequence[str]) -> int:
@@ -112,6 +121,10 @@ class AttentionActor:
             await self.abort(self._outbox.requests_of(gateway_id))
 
     # ---- for the controller
+
+    async def drain(self) -> int:
+        """Stops admission for good; returns how many accepted requests have not ended."""
+        return 0 if self._engine is None else self._engine.drain()
 
     async def leave(self) -> None:
         """Ends the epoch for all members; requests under way fail as retryable."""

@@ -24,6 +24,13 @@ class EngineClient(Protocol):
         """End requests with FinishReason.ABORT; returns how many of them were waiting or running."""
         ...
 
+    async def drain(self) -> int:
+        """Take no more requests, from any gateway, for good; returns how many accepted ones have not ended.
+
+        From its return on, `status` is not ready and `generate` raises RequestRejected (UNAVAILABLE).
+        """
+        ...
+
     async def status(self) -> ClusterStatus:
         """The server's state now."""
         ...

@@ -98,6 +98,19 @@ class Controller:
             for number in range(role.actors)
         }
 
+    async def drain(self) -> int:
+        """Stops admission at every engine, for good; returns how many accepted requests have not ended.
+
+        May be called again, to follow. From the first call on the deployment is not ready.
+        """
+        if self._phase == "ready":
+            self._phase = "draining"
+            log.info("draining")
+        remaining = await asyncio.gather(
+            *(_within(actor.drain.remote(), _REPORT_TIMEOUT_S) for actor in self._attention.values())
+        )
+        return sum(left for left in remaining if left is not None)  # an engine that is dead has none
+
     async def _probe(self, actor: ActorHandle) -> None:
         """One token from prompt to sample: a dispatch and a combine of every MoE layer have then gone through."""
         gateway_id = f"probe-{uuid.uuid4().hex}"
@@ -118,7 +131,7 @@ class Controller:
             why = "left"
         except Exception as error:
             why = str(getattr(error, "cause", None) or error).strip().splitlines()[0]
-        if self._phase == "ready" and not self._fault.done():
+        if self._phase in ("ready", "draining") and not self._fault.done():
             log.error("member lost actor=%s reason=%s", name, why)
             self._fault.set_result(f"{name}: {why}")
 

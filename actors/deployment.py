@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ from llama4.config import TextConfig
 Progress = Callable[[str, int, int], None]
 APP_NAME = "herder"  # of the Serve application
 _PROGRESS_EVERY_S = 0.2
+_DRAIN_EVERY_S = 0.1
 _STOP_TIMEOUT_S = 30.0
 
 
@@ -35,6 +37,15 @@ class Deployment:
     def wait(self) -> None:
         """Returns only by an exception: RuntimeError when the deployment cannot serve any more, or a signal's."""
         raise RuntimeError(ray.get(self._controller.until_fault.remote()))
+
+    def drain(self, timeout_s: float) -> int:
+        """Takes no more requests, and waits for those under way; returns how many are left when the time is over."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            remaining: int = ray.get(self._controller.drain.remote())
+            if remaining == 0 or time.monotonic() >= deadline:
+                return remaining
+            time.sleep(_DRAIN_EVERY_S)
 
     def stop(self) -> None:
         """Ends engines and experts, then the gateways, then Ray itself if `launch` started it."""
@@ -84,17 +95,16 @@ def _follow(controller: ActorHandle, started: Any, on_progress: Progress) -> Non
 
 def _serve(config: DeploymentConfig) -> None:
     gateway, model = config.gateway, config.model
-    serve.start(
-        http_options={"host": gateway.host, "port": gateway.http_port},
-        grpc_options={"port": gateway.grpc_port, "grpc_servicer_functions": list(GRPC_SERVICER_FUNCTIONS)},
-    )
+    grpc_options = None
+    if gateway.grpc.mode == "serve":
+        grpc_options = {"port": gateway.grpc_port, "grpc_servicer_functions": list(GRPC_SERVICER_FUNCTIONS)}
+    serve.start(http_options={"host": gateway.host, "port": gateway.http_port}, grpc_options=grpc_options)
     app = build_app(
         str(model.path),
         model.served_name,
         model.max_context or TextConfig.from_dir(model.path).max_position_embeddings,
+        gateway,
         RayEngineClient.connect,
-        replicas=gateway.replicas,
-        max_ongoing_requests=gateway.max_ongoing_requests,
         log_level=config.log_level,
     )
     serve.run(app, name=APP_NAME, route_prefix="/")

@@ -1,4 +1,6 @@
-"""The gateway as a Ray Serve deployment: HTTP through Serve's HTTP proxy, gRPC through its gRPC proxy."""
+"""The gateway as a Ray Serve deployment: HTTP through Serve's HTTP proxy; gRPC through its gRPC proxy, or a server of
+the replica's own (actors/grpc_server.py).
+"""
 
 from __future__ import annotations
 
@@ -10,11 +12,13 @@ from collections.abc import Awaitable, Callable
 from fastapi import FastAPI
 from ray import serve
 
+from actors import grpc_server
+from actors.api_keys import ApiKeys, read_keys
 from actors.client import EngineClient
 from actors.gateway_core import GatewayCore
-from actors.grpc_api import ControlServicer, InferenceServicer
 from actors.http_api import build_http_app
 from actors.model_info import ModelInfo
+from cluster.config import GatewayConfig
 from engine.tokenizer import Tokenizer
 
 # For Serve's gRPCOptions(grpc_servicer_functions=...).
@@ -27,7 +31,7 @@ log = logging.getLogger("herder")
 
 
 @serve.ingress()
-class Gateway(InferenceServicer, ControlServicer):
+class Gateway(grpc_server.Servicers):
     """Both interfaces of one served model.
 
     Serve finds the gRPC methods by name, and builds the HTTP app after `__init__`.
@@ -38,6 +42,8 @@ class Gateway(InferenceServicer, ControlServicer):
         model_path: str,
         served_name: str,
         max_context: int,
+        config: GatewayConfig,
+        keys: ApiKeys,
         connect: Callable[[], Awaitable[EngineClient]],
         log_level: str,
     ) -> None:
@@ -46,28 +52,40 @@ class Gateway(InferenceServicer, ControlServicer):
         model = ModelInfo.from_dir(model_path, served_name, max_context, created=int(time.time()))
         tokenizer = Tokenizer.from_dir(model_path)
         self.core = GatewayCore(await connect(), tokenizer, model, importlib.metadata.version("herder"))
+        self.keys = keys
+        self.max_message_bytes = config.max_body_bytes
+        self._standalone: grpc_server.GrpcServer | None = None
+        if config.grpc.mode == "standalone":
+            self._standalone = await grpc_server.start(self, config)
         log.info("gateway up model=%s max_context=%d tokenizer=%s", served_name, max_context, tokenizer is not None)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_http_app(self.core)
+        return build_http_app(self.core, self.keys, self.max_message_bytes)
+
+    async def __del__(self) -> None:  # Serve awaits it, before it ends the replica
+        if self._standalone is not None:
+            await self._standalone.stop()
 
 
 def build_app(
     model_path: str,
     served_name: str,
     max_context: int,
+    config: GatewayConfig,
     connect: Callable[[], Awaitable[EngineClient]],
-    *,
-    replicas: int,
-    max_ongoing_requests: int,
     log_level: str = "INFO",
 ) -> serve.Application:
-    """The Serve application, for `serve.run`. `connect` has to pickle. Raises ValueError for a broken checkpoint."""
+    """The Serve application, for `serve.run`. `connect` has to pickle.
+
+    Raises ValueError for a broken checkpoint, ConfigError for a file of API keys that cannot be used.
+    """
     ModelInfo.from_dir(model_path, served_name, max_context)
+    keys = ApiKeys.of(read_keys(config))
+    config = config.model_copy(update={"api_keys": (), "api_keys_file": None})  # the digests are enough
     deployment = serve.deployment(
         name="gateway",
-        num_replicas=replicas,
-        max_ongoing_requests=max_ongoing_requests,
+        num_replicas=config.replicas,
+        max_ongoing_requests=config.max_ongoing_requests,
         ray_actor_options={"num_cpus": 0},
     )
-    return deployment(Gateway).bind(model_path, served_name, max_context, connect, log_level)
+    return deployment(Gateway).bind(model_path, served_name, max_context, config, keys, connect, log_level)

@@ -6,71 +6,27 @@ Knows neither ray nor the two protocols.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from actors.answers import CallFinder, Delta, Job, piece_of
 from actors.client import EngineClient
+from actors.metrics import GatewayMetrics
 from actors.model_info import ModelInfo
 from actors.status import ClusterStatus
-from actors.validation import SamplingOptions, make_request
+from actors.tool_use import ToolUse
+from actors.validation import MAX_CHOICES, Options, check_token_ids, make_request
 from engine.detokenizer import TextStream
-from engine.request import (
-    ErrorCode,
-    FinishReason,
-    Request,
-    RequestError,
-    RequestOutput,
-    RequestRejected,
-    TokenLogprob,
-)
+from engine.request import ErrorCode, FinishReason, RequestError, RequestRejected
 from engine.tokenizer import Tokenizer
 
 log = logging.getLogger("herder")
 
 # Above this many characters, tokenising would hold up the other requests' streams: it is done in a thread.
 _LONG_TEXT = 4096
-
-
-@dataclass(frozen=True)
-class Job:
-    """A prompt that passed validation: the engine's request, and whether its text leaves special tokens out."""
-
-    request: Request
-    skip_special_tokens: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """A piece of an answer, or a whole one (`join`). The last piece has a finish reason.
-
-    `text` lags behind `token_ids` while a character is incomplete or a stop string possible. `logprobs` (if asked for)
-    and `offsets`, the number of the answer's characters before it, are per token. `prompt_logprobs` come once, with the
-    piece that ends the prefill.
-    """
-
-    text: str = ""
-    token_ids: tuple[int, ...] = ()
-    logprobs: tuple[TokenLogprob, ...] = ()
-    offsets: tuple[int, ...] = ()
-    prompt_logprobs: tuple[TokenLogprob | None, ...] = ()
-    finish_reason: FinishReason | None = None
-    error: RequestError | None = None
-
-
-def join(deltas: Sequence[Delta]) -> Delta:
-    """All pieces of an answer as one."""
-    return Delta(
-        text="".join(d.text for d in deltas),
-        token_ids=tuple(t for d in deltas for t in d.token_ids),
-        logprobs=tuple(p for d in deltas for p in d.logprobs),
-        offsets=tuple(o for d in deltas for o in d.offsets),
-        prompt_logprobs=tuple(p for d in deltas for p in d.prompt_logprobs),
-        finish_reason=deltas[-1].finish_reason,
-        error=deltas[-1].error,
-    )
 
 
 class GatewayCore:
@@ -85,6 +41,7 @@ class GatewayCore:
         self.tokenizer = tokenizer
         self.model = model
         self.version = version
+        self.metrics = GatewayMetrics(model.name)
 
     async def encode(self, text: str, add_special_tokens: bool = True, field: str = "prompt") -> list[int]:
         """Token ids of a text. Raises RequestRejected without a tokenizer."""
@@ -94,7 +51,7 @@ class GatewayCore:
             return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
         return self.tokenizer.encode(text, add_special_tokens)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    async def encode_chat(self, messages: Sequence[Mapping[str, object]], tools: ToolUse | None = None) -> list[int]:
         """Token ids of a conversation. Raises RequestRejected without a tokenizer or a chat template."""
         if self.tokenizer is None:
             raise RequestRejected(
@@ -102,22 +59,50 @@ class GatewayCore:
             )
         if not messages:
             raise RequestRejected("messages must not be empty", field="messages")
-        if sum(len(message["content"]) for message in messages) > _LONG_TEXT:
-            return await asyncio.to_thread(self.tokenizer.encode_chat, messages)
-        return self.tokenizer.encode_chat(messages)
+        offered = [] if tools is None else [tool.definition() for tool in tools.offered]
+        if len(json.dumps([*messages, *offered])) > _LONG_TEXT:
+            return await asyncio.to_thread(self.tokenizer.encode_chat, messages, offered)
+        return self.tokenizer.encode_chat(messages, offered)
 
-    def accept(
+    def decode(self, token_ids: Sequence[int], field: str) -> str:
+        """The text of token ids, special tokens included. Raises RequestRejected without a tokenizer."""
+        if self.tokenizer is None:
+            raise RequestRejected(f"{field} cannot be turned into text: this model has no tokenizer", field=field)
+        check_token_ids(self.model, token_ids, field)
+        return self.tokenizer.decode(token_ids, skip_special_tokens=False)
+
+    async def accept(
         self,
-        request_id: str,
-        prompt_token_ids: Sequence[int],
-        options: SamplingOptions,
+        answer_id: str,
+        prompts: Sequence[Sequence[int]],
+        options: Options,
         default_max_tokens: int | None = None,
-    ) -> Job:
-        """Validate. Raises RequestRejected, naming the field."""
-        if options.stop and self.tokenizer is None:
+        tools: ToolUse | None = None,
+    ) -> list[Job]:
+        """Validates. One job for each prompt and each of its `n` answers, in order.
+
+        If there are several, they are named `answer_id-index`. Raises RequestRejected, naming the field.
+        """
+        if self.tokenizer is None and options.stop:
             raise RequestRejected("stop cannot be used: this model has no tokenizer; use stop_token_ids", field="stop")
-        request = make_request(self.model, request_id, prompt_token_ids, options, default_max_tokens)
-        return Job(request, options.skip_special_tokens)
+        if self.tokenizer is None and options.grammar is not None:
+            raise RequestRejected(
+                "response_format cannot be used: this model has no tokenizer", field="response_format"
+            )
+        tools = tools or ToolUse()
+        if tools.forced:  # a grammar of all tools' schemas takes its time
+            grammar = await asyncio.to_thread(tools.constrain, options.grammar)
+        else:
+            grammar = tools.constrain(options.grammar)
+        options = replace(options, grammar=grammar)
+        count = options.choices
+        jobs = []
+        for index in range(len(prompts) * count):
+            request_id = answer_id if len(prompts) * count == 1 else f"{answer_id}-{index}"
+            prompt, choice = prompts[index // count], index % count
+            request = make_request(self.model, request_id, prompt, options, default_max_tokens, choice)
+            jobs.append(Job(request, choice, options.skip_special_tokens, tools))
+        return jobs
 
     async def generate(self, job: Job) -> AsyncGenerator[Delta, None]:
         """The answer, piece by piece. Closing the generator aborts the request.
@@ -127,14 +112,14 @@ class GatewayCore:
         """
         request = job.request
         stream = self._text_stream(job.skip_special_tokens, request.params.stop, request.params.min_tokens)
-        started = time.monotonic()
-        generated = 0
+        calls = CallFinder(job.tools)
+        record = self.metrics.begin(len(request.prompt_token_ids))
         reason: str = FinishReason.ABORT
         try:
             async with aclosing(self.engine.generate(request)) as outputs:
                 async for output in outputs:
-                    delta = _delta(stream, output)
-                    generated += len(delta.token_ids)
+                    delta = calls.take_out(piece_of(stream, output))
+                    record.add(len(delta.token_ids), delta.cached_tokens)
                     reason = delta.finish_reason or reason
                     yield delta
                     if delta.finish_reason is not None:
@@ -147,21 +132,18 @@ class GatewayCore:
             log.exception("request failed request_id=%s", request.request_id)
             reason = FinishReason.ERROR
             failure = RequestError(ErrorCode.INTERNAL, "the request failed inside the server", retryable=True)
-            yield Delta(text=stream.finish(), finish_reason=FinishReason.ERROR, error=failure)
+            rest = Delta(text=stream.finish(), finish_reason=FinishReason.ERROR, error=failure)
+            yield calls.take_out(rest)
         finally:
+            record.end(reason)
             log.info(
                 "request ended request_id=%s reason=%s prompt_tokens=%d completion_tokens=%d seconds=%.3f",
                 request.request_id,
                 reason,
                 len(request.prompt_token_ids),
-                generated,
-                time.monotonic() - started,
+                record.generated,
+                record.seconds,
             )
-
-    async def complete(self, job: Job) -> Delta:
-        """The whole answer. Raises RequestRejected as `generate` does."""
-        async with aclosing(self.generate(job)) as deltas:
-            return join([delta async for delta in deltas])
 
     async def status(self) -> ClusterStatus:
         """The server's state. Raises RequestRejected (UNAVAILABLE) when it cannot be had."""
@@ -172,8 +154,26 @@ class GatewayCore:
             raise RequestRejected("the controller does not answer", code=ErrorCode.UNAVAILABLE) from error
 
     async def abort(self, request_ids: Iterable[str]) -> int:
-        """End requests by their ids, as answered or as sent in X-Request-Id; returns how many of them there were."""
-        return await self.engine.abort([prefix + i for i in request_ids for prefix in ("", "cmpl-", "chatcmpl-")])
+        """Ends requests by their ids, as answered or as sent in X-Request-Id, or single answers by `id-index`.
+
+        Returns how many answers that were.
+        """
+        indices = ("", *(f"-{index}" for index in range(MAX_CHOICES)))
+        names = [
+            f"{prefix}{i}{index}" for i in request_ids for prefix in ("", "cmpl-", "chatcmpl-") for index in indices
+        ]
+        return await self.engine.abort(names)
+
+    async def drain(self) -> int:
+        """Stops admission for good; returns how many accepted requests have not ended.
+
+        Raises RequestRejected (UNAVAILABLE) when the controller does not answer.
+        """
+        try:
+            return await self.engine.drain()
+        except Exception as error:
+            log.exception("no drain")
+            raise RequestRejected("the controller does not answer", code=ErrorCode.UNAVAILABLE) from error
 
     def token_text(self, token_id: int, as_id: bool = False) -> str:
         """A token, to show: `token_id:N` if asked so, or without a tokenizer."""
@@ -193,34 +193,3 @@ class GatewayCore:
             return TextStream(lambda _: b"")
         skipped = self.tokenizer.special_ids if skip_special_tokens else ()
         return TextStream(self.tokenizer.token_bytes, skipped, stops, min_tokens)
-
-
-def _delta(stream: TextStream, output: RequestOutput) -> Delta:
-    """What an engine's output adds to the answer. Tokens after the one that completes a stop string are left out."""
-    text: list[str] = []
-    offsets: list[int] = []
-    stop_token_at = None
-    if output.finish_reason is FinishReason.STOP and output.stop_token_id is not None:
-        stop_token_at = len(output.token_ids) - 1
-    for index, token_id in enumerate(output.token_ids):
-        offsets.append(stream.decoded)
-        if index == stop_token_at:
-            stream.skip()
-        else:
-            text.append(stream.push(token_id))
-        if stream.stopped is not None:
-            break
-    reason = output.finish_reason
-    if reason is not None:
-        text.append(stream.finish())
-    if stream.stopped is not None:
-        reason = FinishReason.STOP
-    return Delta(
-        text="".join(text),
-        token_ids=output.token_ids[: len(offsets)],
-        logprobs=output.logprobs[: len(offsets)],
-        offsets=tuple(offsets),
-        prompt_logprobs=output.prompt_logprobs,
-        finish_reason=reason,
-        error=output.error if reason is FinishReason.ERROR else None,
-    )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from actors.gateway_core import Job
+from actors.answers import Delta, Job, UsageCount
 from actors.status import ActorStatus
-from engine.request import EngineLoad, FinishReason, RequestError, TokenLogprob
+from actors.tool_use import CallEvent, join_calls
+from engine.request import EngineLoad, RequestError, TokenLogprob
+from engine.tools import CallStart
 from herder.v1 import control_pb2, inference_pb2, types_pb2
 
 _ROLES = {"attention": control_pb2.ACTOR_ROLE_ATTENTION, "expert": control_pb2.ACTOR_ROLE_EXPERT}
@@ -26,17 +28,61 @@ def _logprob(token_id: int, entry: TokenLogprob | None) -> types_pb2.TokenLogpro
     return types_pb2.TokenLogprob(token_id=token_id, logprob=entry.logprob, top=top)
 
 
-def usage(job: Job, completion_tokens: int) -> types_pb2.Usage:
-    prompt_tokens = len(job.request.prompt_token_ids)
-    return types_pb2.Usage(
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        total_tokens=prompt_tokens + completion_tokens,
+def choice(index: int, answer: Delta) -> inference_pb2.Choice:
+    """A whole answer."""
+    calls = [
+        inference_pb2.ToolCall(id=call.id, name=call.name, arguments=call.arguments)
+        for call in join_calls(answer.calls)
+    ]
+    return inference_pb2.Choice(
+        index=index,
+        text=answer.text,
+        token_ids=answer.token_ids,
+        logprobs=logprobs(answer.token_ids, answer.logprobs),
+        finish_reason=finish_reason(answer.finish_reason),
+        tool_calls=calls,
     )
 
 
-def finish_reason(reason: FinishReason | None) -> types_pb2.FinishReason.ValueType:
-    return types_pb2.FinishReason.Value(f"FINISH_REASON_{'UNSPECIFIED' if reason is None else reason.name}")
+def prompt_event(job: Job, first: Delta) -> inference_pb2.PromptEvent:
+    prompt = job.request.prompt_token_ids
+    return inference_pb2.PromptEvent(
+        prompt_tokens=len(prompt),
+        prompt_logprobs=logprobs(prompt, first.prompt_logprobs),
+        cached_tokens=first.cached_tokens,
+    )
+
+
+def tokens_event(piece: Delta) -> inference_pb2.TokensEvent:
+    return inference_pb2.TokensEvent(
+        text=piece.text,
+        token_ids=piece.token_ids,
+        logprobs=logprobs(piece.token_ids, piece.logprobs),
+        tool_calls=map(_call_delta, piece.calls),
+    )
+
+
+def _call_delta(event: CallEvent) -> inference_pb2.ToolCallDelta:
+    if isinstance(event, CallStart):
+        return inference_pb2.ToolCallDelta(index=event.index, id=event.id, name=event.name)
+    return inference_pb2.ToolCallDelta(index=event.index, arguments=event.text)
+
+
+def finished_event(piece: Delta, count: UsageCount) -> inference_pb2.FinishedEvent:
+    return inference_pb2.FinishedEvent(finish_reason=finish_reason(piece.finish_reason), usage=usage(count))
+
+
+def usage(count: UsageCount) -> types_pb2.Usage:
+    return types_pb2.Usage(
+        prompt_tokens=count.prompt_tokens,
+        completion_tokens=count.completion_tokens,
+        total_tokens=count.prompt_tokens + count.completion_tokens,
+        cached_tokens=count.cached_tokens,
+    )
+
+
+def finish_reason(reason: str | None) -> types_pb2.FinishReason.ValueType:
+    return types_pb2.FinishReason.Value(f"FINISH_REASON_{'UNSPECIFIED' if reason is None else reason.upper()}")
 
 
 def error_event(error: RequestError) -> inference_pb2.ErrorEvent:
@@ -61,7 +107,12 @@ def actor_info(actor: ActorStatus) -> control_pb2.ActorInfo:
 
 def load(actor: str, engine: EngineLoad) -> control_pb2.EngineLoad:
     pages = [
-        control_pb2.KvPages(layer_kind=kind, used=engine.kv_pages_used.get(kind, 0), total=total)
+        control_pb2.KvPages(
+            layer_kind=kind,
+            used=engine.kv_pages_used.get(kind, 0),
+            total=total,
+            cached=engine.kv_pages_cached.get(kind, 0),
+        )
         for kind, total in sorted(engine.kv_pages_total.items())
     ]
     return control_pb2.EngineLoad(
@@ -73,6 +124,8 @@ def load(actor: str, engine: EngineLoad) -> control_pb2.EngineLoad:
         generated_tokens=engine.generated_tokens,
         tokens_per_second=engine.tokens_per_second,
         kv_pages=pages,
+        cached_prompt_tokens=engine.cached_prompt_tokens,
+        preemptions=engine.preemptions,
     )
 
 

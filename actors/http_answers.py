@@ -1,4 +1,4 @@
-"""Answers in OpenAI's form: objects, chunks of a stream, log-probabilities, errors."""
+"""What all answers over HTTP have in common, in OpenAI's form: envelopes, events, usage, errors."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from actors.gateway_core import Delta, GatewayCore, Job
-from actors.http_schema import ChatBody, CompletionBody
-from actors.validation import ContextExceeded
-from engine.request import ErrorCode, RequestError, RequestRejected, TokenLogprob
+from fastapi.responses import JSONResponse
+
+from actors.answers import UsageCount
+from actors.validation import ContextExceeded, is_retryable
+from engine.request import ErrorCode, RequestError, RequestRejected
 
 Json: TypeAlias = "str | int | float | bool | Mapping[str, Json] | Sequence[Json] | None"
 JsonObject: TypeAlias = dict[str, Json]
@@ -26,8 +27,13 @@ STATUS: Mapping[ErrorCode, tuple[int, str]] = {
     ErrorCode.DEADLINE_EXCEEDED: (504, "server_error"),
     ErrorCode.INTERNAL: (500, "server_error"),
 }
-# JSON has no infinity.
-_LEAST_LOGPROB = -9999.0
+
+
+class Answer(JSONResponse):
+    """JSON, whatever text it holds: half a surrogate pair (in an error's quotation) is written as an escape."""
+
+    def render(self, content: object) -> bytes:
+        return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode(errors="backslashreplace")
 
 
 def error_body(message: str, kind: str, param: str | None = None, code: str | None = None) -> JsonObject:
@@ -48,23 +54,22 @@ def error_of(error: RequestRejected | RequestError) -> tuple[int, JsonObject]:
     return status, error_body(str(error), kind, error.field, code)
 
 
-def is_retryable(error: RequestRejected | RequestError) -> bool:
-    if isinstance(error, RequestError):
-        return error.retryable
-    return error.code in (ErrorCode.RESOURCE_EXHAUSTED, ErrorCode.UNAVAILABLE)
-
-
 def sse(event: JsonObject) -> str:
     """One event of a stream."""
     return f"data: {json.dumps(event, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
-def usage(jobs: Sequence[Job], completion_tokens: int) -> JsonObject:
-    prompt_tokens = sum(len(job.request.prompt_token_ids) for job in jobs)
+def error_response(error: RequestRejected | RequestError) -> Answer:
+    status, body = error_of(error)
+    return Answer(body, status, {"Retry-After": "1"} if is_retryable(error) else None)
+
+
+def usage(count: UsageCount) -> JsonObject:
     return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens": count.prompt_tokens,
+        "completion_tokens": count.completion_tokens,
+        "total_tokens": count.prompt_tokens + count.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": count.cached_tokens},
     }
 
 
@@ -90,109 +95,3 @@ class Envelope:
             "choices": choices,
             **more,
         }
-
-
-class CompletionChoice:
-    """One prompt's answer, as choices of /v1/completions: `choice` makes one of each piece, or one of the whole."""
-
-    def __init__(self, core: GatewayCore, body: CompletionBody, index: int, job: Job) -> None:
-        self._core = core
-        self._body = body
-        self._index = index
-        self._job = job
-        self._first = True
-        self._prompt_text, self._prompt_offsets = core.prompt_text(job) if body.echo else ("", ())
-
-    def choice(self, delta: Delta) -> JsonObject:
-        first, self._first = self._first, False
-        choice: JsonObject = {
-            "index": self._index,
-            "text": (self._prompt_text if first else "") + delta.text,
-            "logprobs": self._logprobs(delta, first) if self._body.logprobs is not None else None,
-            "finish_reason": delta.finish_reason,
-        }
-        if self._body.return_token_ids or self._core.tokenizer is None:
-            choice["token_ids"] = delta.token_ids
-            if first:
-                choice["prompt_token_ids"] = self._job.request.prompt_token_ids
-        return choice
-
-    def _logprobs(self, delta: Delta, first: bool) -> JsonObject:
-        token_ids: tuple[int, ...] = delta.token_ids
-        logprobs: tuple[TokenLogprob | None, ...] = delta.logprobs
-        offsets = tuple(len(self._prompt_text) + offset for offset in delta.offsets)
-        if first and self._body.echo:
-            token_ids = self._job.request.prompt_token_ids + token_ids
-            logprobs = delta.prompt_logprobs + logprobs
-            offsets = self._prompt_offsets + offsets
-        return {
-            "tokens": [self._text(token_id) for token_id in token_ids],
-            "token_logprobs": [None if entry is None else _finite(entry.logprob) for entry in logprobs],
-            "top_logprobs": [None if entry is None else self._top(entry) for entry in logprobs],
-            "text_offset": offsets,
-        }
-
-    def _top(self, entry: TokenLogprob) -> JsonObject:
-        # The token itself is always among them, as with OpenAI, so there may be one more than asked for.
-        found = {self._text(token_id): _finite(logprob) for token_id, logprob in entry.top}
-        return {**found, self._text(entry.token_id): _finite(entry.logprob)}
-
-    def _text(self, token_id: int) -> str:
-        return self._core.token_text(token_id, self._body.return_tokens_as_token_ids)
-
-
-class ChatChoice:
-    """The answer to a conversation, as the choice of /v1/chat/completions."""
-
-    def __init__(self, core: GatewayCore, body: ChatBody, job: Job) -> None:
-        self._core = core
-        self._body = body
-        self._job = job
-        self._first = True
-
-    def chunk(self, delta: Delta) -> JsonObject:
-        """The choice for one piece."""
-        role: JsonObject = {"role": "assistant"} if self._first else {}
-        return self._choice("delta", {**role, "content": delta.text}, delta)
-
-    def choice(self, delta: Delta) -> JsonObject:
-        """The choice for the whole answer."""
-        return self._choice("message", {"role": "assistant", "content": delta.text, "refusal": None}, delta)
-
-    def _choice(self, key: str, message: JsonObject, delta: Delta) -> JsonObject:
-        first, self._first = self._first, False
-        choice: JsonObject = {
-            "index": 0,
-            key: message,
-            "logprobs": self._logprobs(delta) if self._body.logprobs else None,
-            "finish_reason": delta.finish_reason,
-        }
-        if self._body.return_token_ids:
-            choice["token_ids"] = delta.token_ids
-            if first:
-                choice["prompt_token_ids"] = self._job.request.prompt_token_ids
-        return choice
-
-    def _logprobs(self, delta: Delta) -> JsonObject:
-        return {
-            "content": [
-                {
-                    **self._token(entry.token_id, entry.logprob),
-                    "top_logprobs": [self._token(token_id, logprob) for token_id, logprob in entry.top],
-                }
-                for entry in delta.logprobs
-            ],
-            "refusal": None,
-        }
-
-    def _token(self, token_id: int, logprob: float) -> JsonObject:
-        assert self._core.tokenizer is not None  # without one there is no chat
-        return {
-            "token": self._core.token_text(token_id, self._body.return_tokens_as_token_ids),
-            "logprob": _finite(logprob),
-            "bytes": list(self._core.tokenizer.token_bytes(token_id)),
-        }
-
-
-def _finite(logprob: float) -> float:
-    return max(logprob, _LEAST_LOGPROB)

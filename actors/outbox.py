@@ -5,8 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections import defaultdict
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 
 from engine.request import RequestOutput
+
+
+@dataclass(slots=True)
+class _Tray:
+    """What waits for one gateway."""
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+    filled: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Outbox:
@@ -18,18 +27,14 @@ class Outbox:
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._gateway_of: dict[str, str] = {}
-        self._pending: defaultdict[str, list[RequestOutput]] = defaultdict(list)
-        self._arrived: defaultdict[str, asyncio.Event] = defaultdict(asyncio.Event)
+        self._trays: defaultdict[str, _Tray] = defaultdict(_Tray)
 
     def expect(self, request_id: str, gateway_id: str) -> None:
         """Outputs of this request go to this gateway, until the last one."""
         self._gateway_of[request_id] = gateway_id
 
-    def forget(self, request_id: str) -> None:
-        """The request was not taken after all."""
-        self._gateway_of.pop(request_id, None)
-
     def deliver(self, outputs: list[RequestOutput]) -> None:
+        """Takes a step's outputs; does not block."""
         self._loop.call_soon_threadsafe(self._sort, outputs)
 
     def _sort(self, outputs: list[RequestOutput]) -> None:
@@ -37,15 +42,22 @@ class Outbox:
             gateway_id = self._gateway_of[output.request_id]
             if output.finish_reason is not None:
                 del self._gateway_of[output.request_id]
-            self._pending[gateway_id].append(output)
-            self._arrived[gateway_id].set()
+            tray = self._trays[gateway_id]
+            tray.outputs.append(output)
+            tray.filled.set()
 
     async def stream(self, gateway_id: str) -> AsyncIterator[list[RequestOutput]]:
         """All that has come for this gateway since the last item; endless."""
-        while True:
-            await self._arrived[gateway_id].wait()
-            self._arrived[gateway_id].clear()
-            yield self._pending.pop(gateway_id)
+        try:
+            while True:
+                tray = self._trays[gateway_id]
+                await tray.filled.wait()
+                taken, tray.outputs = tray.outputs, []
+                tray.filled.clear()
+                yield taken
+        finally:
+            self._trays.pop(gateway_id, None)
 
     def requests_of(self, gateway_id: str) -> list[str]:
+        """The requests under way for this gateway."""
         return [request_id for request_id, owner in self._gateway_of.items() if owner == gateway_id]

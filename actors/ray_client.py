@@ -26,6 +26,7 @@ class _Open:
 
     engine: str
     outputs: asyncio.Queue[RequestOutput] = field(default_factory=asyncio.Queue)
+    submission: asyncio.Future[RequestRejected | None] | None = None
 
 
 class RayEngineClient:
@@ -36,6 +37,7 @@ class RayEngineClient:
         self._controller = controller
         self._engines = engines
         self._open: dict[str, _Open] = {}
+        self._aborts: set[asyncio.Task[None]] = set()  # held, so that they are not collected while they wait
         self._pumps = [asyncio.create_task(self._pump(name, engine)) for name, engine in engines.items()]
 
     @classmethod
@@ -52,7 +54,7 @@ class RayEngineClient:
         opened = self._open[request.request_id] = _Open(self._pick())
         finished = False
         try:
-            await self._submit(request, opened.engine)
+            await self._submit(request, opened)
             while not finished:
                 output = await opened.outputs.get()
                 finished = output.finish_reason is not None
@@ -62,8 +64,10 @@ class RayEngineClient:
             raise
         finally:
             del self._open[request.request_id]
-            if not finished and opened.engine in self._engines:
-                self._engines[opened.engine].abort.remote([request.request_id])
+            if not finished:
+                task = asyncio.create_task(self._abort_submitted(request.request_id, opened))
+                self._aborts.add(task)
+                task.add_done_callback(self._aborts.discard)
 
     def _pick(self) -> str:
         if not self._engines:
@@ -74,13 +78,26 @@ class RayEngineClient:
                 load[opened.engine] += 1
         return min(load, key=lambda name: load[name])
 
-    async def _submit(self, request: Request, engine: str) -> None:
+    async def _submit(self, request: Request, opened: _Open) -> None:
+        submitted = self._engines[opened.engine].submit.remote(request, self._gateway_id)
+        opened.submission = asyncio.ensure_future(submitted)
         try:
-            rejection = await self._engines[engine].submit.remote(request, self._gateway_id)
+            # Shielded: when the client goes away meanwhile, the abort has to come after the submission.
+            rejection = await asyncio.shield(opened.submission)
         except RayError as error:
-            raise RequestRejected(f"{engine} does not answer", code=ErrorCode.UNAVAILABLE) from error
+            raise RequestRejected(f"{opened.engine} does not answer", code=ErrorCode.UNAVAILABLE) from error
         if rejection is not None:
             raise rejection
+
+    async def _abort_submitted(self, request_id: str, opened: _Open) -> None:
+        """Aborts a request whose client has gone. Its submission may still be under way: a grammar takes its time."""
+        try:
+            if opened.submission is not None:
+                await opened.submission
+            if opened.engine in self._engines:
+                await self._engines[opened.engine].abort.remote([request_id])
+        except RayError as error:
+            log.debug("no abort request_id=%s actor=%s reason=%s", request_id, opened.engine, error)
 
     async def abort(self, request_ids: Sequence[str]) -> int:
         """See EngineClient.abort. Asks every engine: the request may have come through another gateway."""
@@ -88,6 +105,11 @@ class RayEngineClient:
             *(engine.abort.remote(list(request_ids)) for engine in self._engines.values()), return_exceptions=True
         )
         return sum(answer for answer in answers if isinstance(answer, int))
+
+    async def drain(self) -> int:
+        """See EngineClient.drain."""
+        remaining: int = await self._controller.drain.remote()
+        return remaining
 
     async def status(self) -> ClusterStatus:
         """See EngineClient.status."""

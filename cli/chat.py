@@ -48,9 +48,9 @@ def chat(
     sampling = endpoint.Sampling(model, temperature, max_tokens)
     ask: Ask
     if grpc:
-        ask = functools.partial(endpoint.stream_grpc, endpoint.grpc_address(url, http_port), sampling=sampling)
+        ask = functools.partial(endpoint.stream_grpc, endpoint.grpc_server(url, http_port), sampling=sampling)
     else:
-        ask = functools.partial(endpoint.stream_http, endpoint.http_url(url, http_port), sampling=sampling)
+        ask = functools.partial(endpoint.stream_http, endpoint.http_server(url, http_port), sampling=sampling)
     history = [Message("system", system)] if system else []
     if prompt is None and not sys.stdin.isatty():
         prompt = sys.stdin.read().strip()

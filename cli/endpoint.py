@@ -6,8 +6,10 @@ Both ways give the same: an iterator of text pieces. All that goes wrong becomes
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -20,6 +22,38 @@ from herder.v1 import control_pb2_grpc, inference_pb2, inference_pb2_grpc, types
 # A first token may be long in coming (a long prompt, a full server), a connection may not.
 TIMEOUT = httpx.Timeout(None, connect=5.0)
 LOOK_TIMEOUT_S = 10.0
+API_KEY = "HERDER_API_KEY"  # the environment variable for servers that are not this user's own
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Where a server answers over one of the two interfaces, and what it wants to see.
+
+    `where`: a URL, or host:port for gRPC. `roots`: for gRPC, what its certificate is checked against (PEM); empty: the
+    usual roots; None: no TLS.
+    """
+
+    where: str
+    api_key: str = ""
+    roots: bytes | None = None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        return tuple(self.headers.items())
+
+    def channel(self) -> grpc.Channel:
+        if self.roots is None:
+            return grpc.insecure_channel(self.where)
+        return grpc.secure_channel(self.where, grpc.ssl_channel_credentials(self.roots or None))
+
+    def aio_channel(self) -> grpc.aio.Channel:
+        if self.roots is None:
+            return grpc.aio.insecure_channel(self.where)
+        return grpc.aio.secure_channel(self.where, grpc.ssl_channel_credentials(self.roots or None))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,18 +71,22 @@ class Sampling:
     max_tokens: int | None = None
 
 
-def http_url(url: str | None, http_port: int | None = None) -> str:
-    """`url`, or where the deployment of this user answers HTTP."""
+def http_server(url: str | None, http_port: int | None = None) -> Server:
+    """The one at `url`, or where the deployment of this user answers HTTP."""
     if url is None:
-        return _serving(http_port).http_url
-    return (url if "://" in url else f"http://{url}").rstrip("/")
+        run = _serving(http_port)
+        return Server(run.http_url, run.api_key)
+    return Server((url if "://" in url else f"http://{url}").rstrip("/"), os.environ.get(API_KEY, ""))
 
 
-def grpc_address(url: str | None, http_port: int | None = None) -> str:
-    """`url` as host:port, or where the deployment of this user answers gRPC."""
+def grpc_server(url: str | None, http_port: int | None = None) -> Server:
+    """The one at `url` (host:port; with `grpcs://` before it, over TLS), or where this user's own answers gRPC."""
     if url is None:
-        return _serving(http_port).grpc_address
-    return url.rpartition("://")[2].rstrip("/")
+        run = _serving(http_port)
+        return Server(run.grpc_address, run.api_key, Path(run.grpc_cert).read_bytes() if run.grpc_cert else None)
+    scheme, _, address = url.rpartition("://")
+    roots = b"" if scheme in ("grpcs", "https") else None
+    return Server(address.rstrip("/"), os.environ.get(API_KEY, ""), roots)
 
 
 def _serving(http_port: int | None) -> Run:
@@ -73,10 +111,11 @@ def chat_body(messages: Sequence[Message], sampling: Sampling, model: str, strea
     return body
 
 
-def http_model(url: str) -> str:
-    """The name of the model served at `url`."""
+def http_model(server: Server) -> str:
+    """The name of the model that is served there."""
+    url = server.where
     try:
-        response = httpx.get(f"{url}/v1/models", timeout=LOOK_TIMEOUT_S)
+        response = httpx.get(f"{url}/v1/models", timeout=LOOK_TIMEOUT_S, headers=server.headers)
         check_http(url, response)
         return str(response.json()["data"][0]["id"])
     except httpx.HTTPError as error:
@@ -85,11 +124,14 @@ def http_model(url: str) -> str:
         raise CliError(f"{url}/v1/models does not answer as an OpenAI-compatible server does") from None
 
 
-def stream_http(url: str, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+def stream_http(server: Server, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
     """The answer to `messages` in pieces as they come."""
-    body = chat_body(messages, sampling, sampling.model or http_model(url), stream=True)
+    body = chat_body(messages, sampling, sampling.model or http_model(server), stream=True)
+    url = server.where
     try:
-        with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT) as response:
+        with httpx.stream(
+            "POST", f"{url}/v1/chat/completions", json=body, timeout=TIMEOUT, headers=server.headers
+        ) as response:
             if response.is_error:
                 response.read()
             check_http(url, response)
@@ -153,16 +195,16 @@ def chat_stream_request(messages: Sequence[Message], sampling: Sampling) -> infe
     )
 
 
-def stream_grpc(address: str, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
+def stream_grpc(server: Server, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:
     """As stream_http, over InferenceService.ChatStream."""
-    with grpc.insecure_channel(address) as channel:
+    with server.channel() as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
-        call = stub.ChatStream(chat_stream_request(messages, sampling))
+        call = stub.ChatStream(chat_stream_request(messages, sampling), metadata=server.metadata)
         try:
             for response in call:
                 yield event_text(response)
         except grpc.RpcError as error:
-            raise grpc_fault(address, error) from None
+            raise grpc_fault(server.where, error) from None
         finally:
             call.cancel()
 
@@ -173,9 +215,9 @@ def event_text(response: inference_pb2.ChatStreamResponse) -> str:
     return response.tokens.text
 
 
-def control(address: str) -> tuple[grpc.Channel, control_pb2_grpc.ControlServiceStub]:
+def control(server: Server) -> tuple[grpc.Channel, control_pb2_grpc.ControlServiceStub]:
     """A channel to close, and the control service behind it."""
-    channel = grpc.insecure_channel(address)
+    channel = server.channel()
     return channel, control_pb2_grpc.ControlServiceStub(channel)
 
 

@@ -17,6 +17,7 @@ import typer
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from cli import endpoint
+from cli.endpoint import Server
 from cli.report import CliError, err, out, table, verb
 from cli.runfile import find_run
 from herder.v1 import inference_pb2, inference_pb2_grpc
@@ -61,8 +62,10 @@ def evaluate(
         herder eval --url http://10.0.0.7:8000 --data questions.jsonl
     """
     questions = read_questions(data or Path(find_run(http_port).model_dir) / "eval.jsonl", tasks or ())
-    where = endpoint.grpc_address(url, http_port) if use_grpc else endpoint.http_url(url, http_port)
-    asker = ask_grpc(where) if use_grpc else ask_http(where)
+    if use_grpc:
+        asker = ask_grpc(endpoint.grpc_server(url, http_port))
+    else:
+        asker = ask_http(endpoint.http_server(url, http_port))
     right = asyncio.run(count_right(questions, asker, concurrency))
     asked = Counter(question.task for question in questions)
     report(right, asked)
@@ -97,11 +100,13 @@ def read_questions(path: Path, tasks: Sequence[str]) -> list[Question]:
 
 
 @asynccontextmanager
-async def ask_http(url: str) -> AsyncIterator[Ask]:
-    model = endpoint.http_model(url)
+async def ask_http(server: Server) -> AsyncIterator[Ask]:
+    url, model = server.where, endpoint.http_model(server)
     sampling = endpoint.Sampling(max_tokens=LONGEST_ANSWER)
     limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=endpoint.TIMEOUT, limits=limits) as client:
+    async with httpx.AsyncClient(
+        base_url=url, timeout=endpoint.TIMEOUT, limits=limits, headers=server.headers
+    ) as client:
 
         async def ask(prompt: str) -> str:
             body = endpoint.chat_body([endpoint.Message("user", prompt)], sampling, model, stream=False)
@@ -116,18 +121,19 @@ async def ask_http(url: str) -> AsyncIterator[Ask]:
 
 
 @asynccontextmanager
-async def ask_grpc(address: str) -> AsyncIterator[Ask]:
+async def ask_grpc(server: Server) -> AsyncIterator[Ask]:
     sampling = endpoint.Sampling(max_tokens=LONGEST_ANSWER)
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with server.aio_channel() as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
 
         async def ask(prompt: str) -> str:
             streamed = endpoint.chat_stream_request([endpoint.Message("user", prompt)], sampling)
             request = inference_pb2.ChatRequest(messages=streamed.messages, sampling=streamed.sampling)
             try:
-                return str((await stub.Chat(request)).text)
+                answer = await stub.Chat(request, metadata=server.metadata)
+                return str(answer.choices[0].text)
             except grpc.RpcError as error:
-                raise endpoint.grpc_fault(address, error) from None
+                raise endpoint.grpc_fault(server.where, error) from None
 
         yield ask
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from cli.chat import chat
+from cli.drain import drain
 from cli.eval import evaluate
 from cli.serve import serve
 from cli.status import status
@@ -22,6 +23,7 @@ app.command()(chat)
 app.command()(status)
 app.command("eval")(evaluate)
 app.command()(validate)
+app.command()(drain)
 app.command()(stop)
 
 

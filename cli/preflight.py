@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from actors.api_keys import read_keys
 from cli.report import CliError
-from cluster.config import DeploymentConfig, GatewayConfig, load_config
+from cluster.config import ConfigError, DeploymentConfig, GatewayConfig, load_config
 from cluster.placement import plan_experts
 from dispatch.expert_map import ExpertMap
 from llama4.config import TextConfig
@@ -44,6 +45,7 @@ def preflight(
     }
     given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     config = load_config(config_path, [*settings, *given])
+    check_files(config.gateway)
     path = config.model.path
     if not path.is_dir():
         raise CliError(f"model.path: there is no directory {path}", code=2)
@@ -59,6 +61,21 @@ def preflight(
             code=2,
         )
     return Plan(config, model, plan_experts(config, model.num_local_experts, model.moe_layers))
+
+
+def check_files(gateway: GatewayConfig) -> None:
+    """Raises ConfigError naming the field of a file that is not there or cannot be used."""
+    read_keys(gateway)
+    tls = gateway.grpc.tls
+    if tls is not None:
+        files = {"cert": tls.cert, "key": tls.key, "client_ca": tls.client_ca}
+        problems = [
+            f"gateway.grpc.tls.{field}: there is no file {file}"
+            for field, file in files.items()
+            if file is not None and not file.is_file()
+        ]
+        if problems:
+            raise ConfigError(problems)
 
 
 def check_ports(gateway: GatewayConfig) -> None:

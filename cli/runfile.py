@@ -25,6 +25,8 @@ class Run:
     model: str
     model_dir: str
     serving: bool = False
+    api_key: str = ""  # one that its owner may use; the folder is the owner's alone
+    grpc_cert: str = ""  # the file of its own certificate, if gRPC is over TLS
 
     @property
     def path(self) -> Path:
@@ -40,6 +42,7 @@ class Run:
     def write(self) -> None:
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         new = self.path.with_suffix(f".{os.getpid()}.new")
+        new.touch(mode=0o600)
         new.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
         new.replace(self.path)
 

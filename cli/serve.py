@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
@@ -18,6 +18,9 @@ from cli.report import CliError, err, out, verb
 from cli.runfile import Run, live_runs
 from cli.validate import ConfigPath, ModelDir, Settings
 from cluster.config import ConfigError, DeploymentConfig
+
+if TYPE_CHECKING:
+    from actors.deployment import Deployment
 
 Handler = Callable[[int, FrameType | None], None] | signal.Handlers
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -36,6 +39,9 @@ def serve(
 ) -> None:
     """Start a deployment and keep it until Ctrl-C, SIGTERM or `herder stop`.
 
+    It then takes no more requests and gives those that run gateway.drain_timeout_s to finish; a second Ctrl-C cuts that
+    short.
+
     Examples:
 
         herder serve configs/tiny_cpu.yaml
@@ -44,6 +50,7 @@ def serve(
 
         herder serve configs/scout_8xh100.yaml --model /models/scout --address auto
     """
+    from actors.api_keys import read_keys
     from cli.preflight import check_ports, preflight
 
     plan = preflight(config, model, settings or (), http_port, grpc_port)
@@ -64,6 +71,8 @@ def serve(
         config=str(config),
         model=deployment.model.served_name,
         model_dir=str(deployment.model.path),
+        api_key=next(iter(read_keys(deployment.gateway)), ""),
+        grpc_cert=str(tls.cert) if (tls := deployment.gateway.grpc.tls) else "",
     )
     run.write()
     try:
@@ -74,7 +83,7 @@ def serve(
 
 def keep(config: DeploymentConfig, run: Run, address: str | None) -> None:
     """Launches `config`, waits for a signal, and stops it. Raises CliError if it fails."""
-    from actors.deployment import Deployment, launch
+    from actors.deployment import launch
 
     console = err()
     running: Deployment | None = None
@@ -88,6 +97,8 @@ def keep(config: DeploymentConfig, run: Run, address: str | None) -> None:
             tell(run)
             running.wait()
         except (KeyboardInterrupt, SystemExit):  # the latter is how Ray takes a SIGTERM while it starts
+            if running is not None:
+                drain(running, config.gateway.drain_timeout_s)
             console.print("stopping")
         except (CliError, ConfigError):
             raise
@@ -97,6 +108,19 @@ def keep(config: DeploymentConfig, run: Run, address: str | None) -> None:
             ending_signals(signal.SIG_IGN)
             if running is not None:
                 running.stop()
+
+
+def drain(running: Deployment, timeout_s: float) -> None:
+    """Lets what runs finish, unless another signal comes."""
+    ending_signals(_interrupt)
+    try:
+        err().print(f"draining for up to {timeout_s:g} s; Ctrl-C again to stop at once")
+        if remaining := running.drain(timeout_s):
+            err().print(f"{remaining} requests have not ended; they are cut off")
+    except KeyboardInterrupt:
+        pass
+    except Exception as error:  # the controller is gone: there is nothing to wait for
+        err().print(f"draining failed: {cause(error)}")
 
 
 def tell(run: Run) -> None:

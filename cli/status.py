@@ -40,25 +40,25 @@ def status(
 
         herder status --url 10.0.0.7:9000 --json
     """
-    found = ask(endpoint.grpc_address(url, http_port))
+    found = ask(endpoint.grpc_server(url, http_port))
     if as_json:
         print(json.dumps(as_dict(found), indent=2))
     else:
         show(found)
 
 
-def ask(address: str) -> Status:
-    channel, stub = endpoint.control(address)
-    limit = endpoint.LOOK_TIMEOUT_S
+def ask(server: endpoint.Server) -> Status:
+    channel, stub = endpoint.control(server)
+    limit, metadata = endpoint.LOOK_TIMEOUT_S, server.metadata
     with channel:
         try:
             return Status(
-                stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=limit),
-                stub.GetLoad(pb.GetLoadRequest(), timeout=limit),
-                stub.GetExpertPlacement(pb.GetExpertPlacementRequest(), timeout=limit),
+                stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=limit, metadata=metadata),
+                stub.GetLoad(pb.GetLoadRequest(), timeout=limit, metadata=metadata),
+                stub.GetExpertPlacement(pb.GetExpertPlacementRequest(), timeout=limit, metadata=metadata),
             )
         except grpc.RpcError as error:
-            raise endpoint.grpc_fault(address, error) from None
+            raise endpoint.grpc_fault(server.where, error) from None
 
 
 def as_dict(found: Status) -> dict[str, Any]:
@@ -84,16 +84,31 @@ def show(found: Status) -> None:
         actors.add_row(*(Text(cell) for cell in [actor.name, role, *place, *sizes, actor.state]))
     console.print(actors, "")
 
-    engines = table("engine", "running", "waiting", "tokens/s", "prompt tokens", "generated", "KV pages in use")
+    engines = table(
+        "engine",
+        "running",
+        "waiting",
+        "tokens/s",
+        "prompt tokens",
+        "cached",
+        "generated",
+        "preempted",
+        "KV pages in use",
+    )
     for engine in found.load.engines:
         numbers = (
             engine.running,
             engine.waiting,
             round(engine.tokens_per_second),
             engine.prompt_tokens,
+            engine.cached_prompt_tokens,
             engine.generated_tokens,
+            engine.preemptions,
         )
-        kv = ", ".join(f"{pages.layer_kind} {percent(pages.used, pages.total)}" for pages in engine.kv_pages)
+        kv = ", ".join(
+            f"{pages.layer_kind} {percent(pages.used, pages.total)} (cached {percent(pages.cached, pages.total)})"
+            for pages in engine.kv_pages
+        )
         engines.add_row(Text(engine.actor), *(f"{number:,}" for number in numbers), kv)
     console.print(engines, "")
 

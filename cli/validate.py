@@ -63,7 +63,8 @@ def summary(plan: Plan) -> Table:
         + (f"; {copies:g} copies of an expert on average" if copies > 1 else ""),
         "transport": config.data_backend,
         "HTTP": f"{config.gateway.host}:{config.gateway.http_port}",
-        "gRPC": f"{config.gateway.host}:{config.gateway.grpc_port}",
+        "gRPC": f"{config.gateway.host}:{config.gateway.grpc_port}, {config.gateway.grpc.mode}"
+        + (" with TLS" if config.gateway.grpc.tls else ""),
     }
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="bold", no_wrap=True)

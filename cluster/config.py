@@ -9,15 +9,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
 Amount = Annotated[float, Field(ge=0)]
+FilePath = Annotated[Path, Field(strict=False)]
 
 
 class ConfigError(ValueError):
@@ -35,10 +36,13 @@ class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
+AnySection = TypeVar("AnySection", bound=_Section)
+
+
 class ModelConfig(_Section):
     """The checkpoint, and how it is served."""
 
-    path: Annotated[Path, Field(strict=False)]
+    path: FilePath
     name: Annotated[str, Field(min_length=1)] | None = None
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     max_context: Count | None = None  # tokens of prompt and answer; None: the checkpoint's own limit
@@ -95,14 +99,36 @@ class TransportConfig(_Section):
     timeout_s: Annotated[float, Field(gt=0)] = 60.0
 
 
+class TlsConfig(_Section):
+    """Certificates of the standalone gRPC server: PEM files, on every node that has a gateway."""
+
+    cert: FilePath  # the server's, followed by the intermediate ones
+    key: FilePath
+    client_ca: FilePath | None = None  # clients must then show a certificate signed by it
+
+
+class GrpcConfig(_Section):
+    """How gRPC is served: by Ray Serve's proxy, or by a server of each gateway replica's own (TLS, grpc.health.v1)."""
+
+    mode: Literal["serve", "standalone"] = "serve"
+    tls: TlsConfig | None = None  # None: plain text
+
+
 class GatewayConfig(_Section):
-    """Where clients connect."""
+    """Where clients connect, and what they may send."""
 
     replicas: Count = 1
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     http_port: Port = 8000
     grpc_port: Port = 9000
+    grpc: GrpcConfig = GrpcConfig()
     max_ongoing_requests: Count = 1000  # per replica
+    max_body_bytes: Count = 16 * 2**20  # of an HTTP request's body or a gRPC message
+    api_keys: Annotated[
+        tuple[SecretStr, ...], Field(strict=False)
+    ] = ()  # none, here and in the file: no key is asked for
+    api_keys_file: FilePath | None = None  # a key a line; empty lines and those that begin with # are passed over
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 30.0  # for what runs to end, when the deployment is told to
 
 
 class DeploymentConfig(_Section):
@@ -133,8 +159,8 @@ class DeploymentConfig(_Section):
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DeploymentConfig:
     """The deployment that the YAML file at `path` describes, under `overrides` such as `engine.page_size=32`.
 
-    An override's value is read as YAML, its key is dotted; later ones win. A relative `model.path` means a directory
-    beside the file if there is one of that name, else one under the working directory; it comes back absolute.
+    An override's value is read as YAML, its key is dotted; later ones win. A relative path means a file or directory
+    beside the configuration if there is one of that name, else one under the working directory; it comes back absolute.
     Raises ConfigError with every fault found.
     """
     path = Path(path)
@@ -146,15 +172,25 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DeploymentCo
     except ValidationError as error:
         problems = [problem for fault in error.errors() for problem in _sentences(fault)]
         raise ConfigError([f"{path}: {problem}" for problem in problems]) from None
-    model = config.model.model_copy(update={"path": resolve_model_path(config.model.path, path.parent)})
-    return config.model_copy(update={"model": model})
+    return _with_absolute_paths(config, path.parent)
 
 
-def resolve_model_path(model_path: Path, folder: Path) -> Path:
-    """`model_path` made absolute: against `folder` or the working directory, whichever has it first, else `folder`."""
-    model_path = model_path.expanduser()
-    beside = folder / model_path
-    return (model_path if model_path.exists() and not beside.exists() else beside).resolve()
+def resolve_path(path: Path, folder: Path) -> Path:
+    """`path` made absolute: against `folder` or the working directory, whichever has it first, else `folder`."""
+    path = path.expanduser()
+    beside = folder / path
+    return (path if path.exists() and not beside.exists() else beside).resolve()
+
+
+def _with_absolute_paths(section: AnySection, folder: Path) -> AnySection:
+    changes: dict[str, object] = {}
+    for name in type(section).model_fields:
+        value = getattr(section, name)
+        if isinstance(value, Path):
+            changes[name] = resolve_path(value, folder)
+        elif isinstance(value, _Section):
+            changes[name] = _with_absolute_paths(value, folder)
+    return section.model_copy(update=changes)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -214,13 +250,18 @@ def _cross_problems(config: DeploymentConfig) -> Iterator[str]:
         )
     if config.gateway.http_port == config.gateway.grpc_port:
         yield f"gateway.grpc_port must differ from gateway.http_port ({config.gateway.http_port})"
+    if config.gateway.grpc.tls is not None and config.gateway.grpc.mode == "serve":
+        yield "gateway.grpc.tls needs gateway.grpc.mode to be standalone: Ray Serve's proxy has no TLS"
+    if not all(key.get_secret_value().strip() for key in config.gateway.api_keys):
+        yield "gateway.api_keys must not hold an empty key"
 
 
 def _known_keys(model: type[BaseModel] = DeploymentConfig, prefix: str = "") -> Iterator[str]:
     for name, info in model.model_fields.items():
         yield prefix + name
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from _known_keys(info.annotation, f"{prefix}{name}.")
+        for kind in get_args(info.annotation) or (info.annotation,):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from _known_keys(kind, f"{prefix}{name}.")
 
 
 def nearest_key(key: str) -> str:

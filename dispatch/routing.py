@@ -80,12 +80,11 @@ class Route:
 
     def permute(self, x_TD: Tensor) -> Tensor:
         """x_ND: every token's K rows, in the order of travel."""
-        return x_TD.index_select(0, self.order_N // self.top_k)
+        return x_TD.index_select(0, self.order_N if self.top_k == 1 else self.order_N // self.top_k)
 
     def unpermute(self, y_ND: Tensor) -> Tensor:
         """y_TKD from rows in the order of travel."""
-        y = torch.empty_like(y_ND)
-        y[self.order_N] = y_ND
+        y = torch.empty_like(y_ND).index_copy_(0, self.order_N, y_ND)
         return y.view(-1, self.top_k, y_ND.shape[1])
 
 
@@ -104,12 +103,13 @@ def route(expert_ids_TK: Tensor, table: HolderTable, first_holder: int = 0) -> R
     num_experts, widest = table.holders_EH.shape
     top_k = expert_ids_TK.shape[1]
     expert_N = expert_ids_TK.reshape(-1).long()
-    if widest == 1:
-        slot_N = table.holders_EH[expert_N, 0]
+    if table.num_slots == 1:
+        key_N = expert_N
+    elif widest == 1:
+        key_N = table.holders_EH[expert_N, 0] * num_experts + expert_N
     else:
         turn_N = index_within_group(expert_N, num_experts) + first_holder
-        slot_N = table.holders_EH[expert_N, turn_N % table.copies_E[expert_N]]
-    key_N = slot_N * num_experts + expert_N
+        key_N = table.holders_EH[expert_N, turn_N % table.copies_E[expert_N]] * num_experts + expert_N
     order_N = torch.argsort(key_N, stable=True)
     counts_SE = torch.bincount(key_N, minlength=table.num_slots * num_experts).view(table.num_slots, num_experts).cpu()
     return Route(order_N, top_k, counts_SE, counts_SE.sum(1).tolist())

@@ -1,6 +1,6 @@
 """The engine: requests in, one list of outputs per step out. An attention actor is one of these on a thread.
 
-`submit`, `abort` and `stop` may be called from any thread; everything else happens in `run`.
+`submit`, `abort`, `drain`, `stop` and `load` may be called from any thread; everything else happens in `run`.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from engine.grammar import Matcher
 from engine.request import EngineLoad, ErrorCode, FinishReason, Request, RequestError, RequestOutput
 from engine.scheduler import ScheduledSequence, Scheduler
 from engine.step import Stepper
 
 _RATE_WINDOW_S = 5.0
+_SHUTTING_DOWN = RequestError(ErrorCode.UNAVAILABLE, "the engine is shutting down", retryable=True)
 
 
 class StepGate(Protocol):
@@ -71,6 +73,9 @@ class Engine:
     Args:
         gate: when to step; see `StepGate`.
         deliver: gets the outputs of each step, on the engine's thread; must not block.
+
+    Attributes:
+        drained: set when, after `drain`, the last request has ended and its last output is delivered.
     """
 
     def __init__(
@@ -87,10 +92,12 @@ class Engine:
         self._deliver = deliver
         self._clock = clock
         self._lock = threading.Lock()
-        self._arrived: list[Request] = []
+        self.drained = threading.Event()
+        self._arrived: list[tuple[Request, Matcher | None]] = []
         self._aborted: list[str] = []
         self._known: set[str] = set()
-        self._failure: RequestError | None = None
+        self._failure: RequestError | None = None  # why nothing is admitted any more
+        self._draining = False
         self._leaving = False
         self._steps = 0
         self._prompt_tokens = 0
@@ -99,18 +106,20 @@ class Engine:
 
     # ---- from any thread
 
-    def submit(self, request: Request) -> None:
-        """Queues a request. Raises RequestRejected when it cannot be taken."""
+    def submit(self, request: Request, matcher: Matcher | None = None) -> None:
+        """Queues a request; its tokens will be those that `matcher` lets through. Raises RequestRejected."""
         with self._lock:
             if self._failure is not None:
                 raise self._failure.rejection()
+            if self._draining:
+                raise _SHUTTING_DOWN.rejection()
             if request.request_id in self._known:
                 raise RequestError(
                     ErrorCode.ALREADY_EXISTS, f"request_id {request.request_id!r} is in use by a running request"
                 ).rejection(field="request_id")
             self._scheduler.check(request, queued=len(self._arrived) + len(self._scheduler.waiting))
             self._known.add(request.request_id)
-            self._arrived.append(request)
+            self._arrived.append((request, matcher))
         self._gate.ring()
 
     def abort(self, request_ids: Sequence[str]) -> int:
@@ -122,6 +131,14 @@ class Engine:
             self._gate.ring()
         return len(known)
 
+    def drain(self) -> int:
+        """Admits nothing any more; returns how many requests are still to be finished. See `drained`."""
+        with self._lock:
+            self._draining = True
+            if not self._known:
+                self.drained.set()
+            return len(self._known)
+
     def stop(self) -> None:
         """Makes `run` return; requests that are under way fail as retryable."""
         self._leaving = True
@@ -129,17 +146,21 @@ class Engine:
 
     def load(self) -> EngineLoad:
         """What the engine is doing right now."""
-        now = self._clock()
-        pages = self._scheduler.pages
+        now, scheduler = self._clock(), self._scheduler
+        with self._lock:
+            recent = sum(n for at, n in self._recent if at > now - _RATE_WINDOW_S)
         return EngineLoad(
-            waiting=len(self._arrived) + len(self._scheduler.waiting),
-            running=len(self._scheduler.running),
+            waiting=len(self._arrived) + len(scheduler.waiting),
+            running=len(scheduler.running),
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
-            tokens_per_second=sum(n for at, n in tuple(self._recent) if at > now - _RATE_WINDOW_S) / _RATE_WINDOW_S,
-            kv_pages_used=pages.used(),
-            kv_pages_total=pages.total(),
+            tokens_per_second=recent / _RATE_WINDOW_S,
+            kv_pages_used=scheduler.pages.used(),
+            kv_pages_total=scheduler.pages.total(),
+            cached_prompt_tokens=scheduler.cached_prompt_tokens,
+            preemptions=scheduler.preemptions,
+            kv_pages_cached=scheduler.pages.cached(),
         )
 
     # ---- the engine's own thread
@@ -152,7 +173,7 @@ class Engine:
                 scheduled = self._scheduler.schedule()
                 answer = self._gate.begin(sum(item.rows for item in scheduled), self._leaving)
                 if answer.leaving:
-                    self._fail(RequestError(ErrorCode.UNAVAILABLE, "the engine is shutting down", retryable=True))
+                    self._fail(_SHUTTING_DOWN)
                     return
                 if answer.idle:
                     self._gate.wait()
@@ -167,22 +188,21 @@ class Engine:
         outputs = self._stepper.step(scheduled)
         self._count(scheduled, outputs)
         self._scheduler.advance(scheduled)
-        by_id = {item.sequence.request.request_id: item.sequence for item in scheduled}
         for output in outputs:
             if output.finish_reason is not None:
-                self._scheduler.finish(by_id[output.request_id])
+                self._scheduler.finish(self._scheduler.running[output.request_id])
         self._send(outputs)
 
     def _take_arrivals(self) -> None:
         with self._lock:
             arrived, self._arrived = self._arrived, []
             aborted, self._aborted = self._aborted, []
-            for request in arrived:
+            for request, matcher in arrived:
                 self._scheduler.add(request)
-        overdue = [sequence.request.request_id for sequence in self._scheduler.overdue()]
+                self._stepper.expect(request, matcher)
         late = RequestError(ErrorCode.DEADLINE_EXCEEDED, "the request's deadline has passed")
         self._end(aborted, FinishReason.ABORT, None)
-        self._end(overdue, FinishReason.ERROR, late)
+        self._end(self._scheduler.overdue(), FinishReason.ERROR, late)
 
     def _end(self, request_ids: Sequence[str], reason: FinishReason, error: RequestError | None) -> None:
         if not request_ids:
@@ -196,9 +216,9 @@ class Engine:
         with self._lock:
             self._failure = error
             arrived, self._arrived = self._arrived, []
-        under_way = [seq.request.request_id for seq in (*self._scheduler.running, *self._scheduler.waiting)]
-        self._end(under_way, FinishReason.ERROR, error)
-        self._send([RequestOutput(r.request_id, finish_reason=FinishReason.ERROR, error=error) for r in arrived])
+            under_way = self._known.difference(request.request_id for request, _ in arrived)
+        self._end(sorted(under_way), FinishReason.ERROR, error)
+        self._send([RequestOutput(r.request_id, finish_reason=FinishReason.ERROR, error=error) for r, _ in arrived])
 
     def _send(self, outputs: list[RequestOutput]) -> None:
         finished = [output.request_id for output in outputs if output.finish_reason is not None]
@@ -206,6 +226,10 @@ class Engine:
             self._known.difference_update(finished)
         if outputs:
             self._deliver(outputs)
+        if finished:
+            with self._lock:
+                if self._draining and not self._known:
+                    self.drained.set()
 
     def _count(self, scheduled: Sequence[ScheduledSequence], outputs: list[RequestOutput]) -> None:
         now = self._clock()
@@ -215,6 +239,7 @@ class Engine:
         for item in scheduled:
             left = len(item.sequence.request.prompt_token_ids) - item.sequence.computed
             self._prompt_tokens += max(0, min(item.rows, left))
-        self._recent.append((now, generated))
-        while self._recent[0][0] < now - _RATE_WINDOW_S:
-            self._recent.popleft()
+        with self._lock:
+            self._recent.append((now, generated))
+            while self._recent[0][0] < now - _RATE_WINDOW_S:
+                self._recent.popleft()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal, TypeAlias
 
 
 class FinishReason(StrEnum):
@@ -64,6 +65,9 @@ def _rejected(message: str, field: str | None, code: ErrorCode) -> RequestReject
 class SamplingParams:
     """How tokens are chosen. `temperature` 0 is greedy; `top_k` 0, `top_p` 1 and `min_p` 0 are off.
 
+    `repetition_penalty` divides the positive logits, and multiplies the negative ones, of all tokens in the prompt or
+    the answer so far; 1 is off. `frequency_penalty` is subtracted from a token's logit for each time it is in the
+    answer so far, `presence_penalty` once if it is. `logit_bias`: (token id, what is added to its logit) pairs.
     `logprobs` and `prompt_logprobs`: None for none, else how many alternatives come with the token's own (0 or more).
     """
 
@@ -73,6 +77,10 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     ignore_eos: bool = False
     stop: tuple[str, ...] = ()
@@ -81,6 +89,7 @@ class SamplingParams:
     prompt_logprobs: int | None = None
 
     MAX_LOGPROBS = 20
+    MAX_LOGIT_BIAS = 1024
 
     def __post_init__(self) -> None:
         def check(ok: bool, name: str, rule: str) -> None:
@@ -93,22 +102,58 @@ class SamplingParams:
         check(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
         check(self.top_k >= 0, "top_k", "0 (off) or more")
         check(0.0 <= self.min_p <= 1.0, "min_p", "between 0 and 1")
+        check(0.0 < self.repetition_penalty <= 100.0, "repetition_penalty", "above 0 and at most 100")
+        for name in ("presence_penalty", "frequency_penalty"):
+            check(-2.0 <= getattr(self, name) <= 2.0, name, "between -2 and 2")
+        self._check_logit_bias()
         check(self.seed is None or -(2**63) <= self.seed < 2**63, "seed", "a 64-bit integer")
         check(all(self.stop), "stop", "made of non-empty strings")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
             check(value is None or 0 <= value <= self.MAX_LOGPROBS, name, f"between 0 and {self.MAX_LOGPROBS}")
 
+    def _check_logit_bias(self) -> None:
+        def check(ok: bool, problem: str) -> None:
+            if not ok:
+                raise RequestRejected(f"logit_bias {problem}", field="logit_bias")
+
+        check(len(self.logit_bias) <= self.MAX_LOGIT_BIAS, f"has more than {self.MAX_LOGIT_BIAS} entries")
+        check(len({token for token, _ in self.logit_bias}) == len(self.logit_bias), "names a token twice")
+        for token, bias in self.logit_bias:
+            check(token >= 0, f"names {token}, which is no token id")
+            check(-100.0 <= bias <= 100.0, f"of token {token} must be between -100 and 100, not {bias!r}")
+
+
+GrammarKind: TypeAlias = Literal["json_schema", "json_object", "regex", "choice", "lark"]
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer's text must look like.
+
+    `source`: a schema as JSON text (json_schema), nothing (json_object), a regular expression that the whole text must
+    match (regex), a JSON list of strings (choice), or a Lark grammar (lark).
+    """
+
+    kind: GrammarKind
+    source: str
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One accepted prompt. `eos_token_ids` end it unless `params.ignore_eos`; `deadline` is in Unix seconds."""
+    """One accepted prompt. `eos_token_ids` end it unless `params.ignore_eos`; `deadline` is in Unix seconds.
+
+    `priority`: lower ones run first. Requests share cached prefixes only with those of the same `cache_salt`.
+    """
 
     request_id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     eos_token_ids: tuple[int, ...] = ()
     deadline: float | None = None
+    priority: int = 0
+    cache_salt: str = ""
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +170,8 @@ class RequestOutput:
     """What one step gave one request. The last one has `finish_reason`.
 
     `prompt_logprobs` comes once, with the output that ends the prefill: an entry per prompt token, the first one None.
-    A stop token is part of `token_ids` (the gateway leaves it out of the text).
+    A stop token is part of `token_ids` (the gateway leaves it out of the text). `cached_tokens` comes with the first
+    output: how many of the prompt's tokens were not computed, because the prefix cache had them.
     """
 
     request_id: str
@@ -135,11 +181,16 @@ class RequestOutput:
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     error: RequestError | None = None
+    cached_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
-    """An engine's load right now. Token rates are means over the last seconds."""
+    """An engine's load right now. Token rates are means over the last seconds.
+
+    `prompt_tokens` were computed, `cached_prompt_tokens` came from the prefix cache instead. `kv_pages_used`: pages
+    that sequences hold; `kv_pages_cached`: pages that only the prefix cache holds, which give way when there is need.
+    """
 
     waiting: int = 0
     running: int = 0
@@ -149,3 +200,6 @@ class EngineLoad:
     tokens_per_second: float = 0.0
     kv_pages_used: dict[str, int] = field(default_factory=dict)
     kv_pages_total: dict[str, int] = field(default_factory=dict)
+    cached_prompt_tokens: int = 0
+    preemptions: int = 0
+    kv_pages_cached: dict[str, int] = field(default_factory=dict)

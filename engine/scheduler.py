@@ -1,39 +1,64 @@
 """Which rows the next step computes. Pure Python: no torch, an injected clock.
 
-Continuous batching with chunked prefill under a token budget: first one row for every sequence that decodes, then the
-prompts that are under way, then new ones in order of arrival. When KV pages run out, the sequence that was admitted
-last gives its pages back and is computed again later (preemption by recomputation).
+Continuous batching with chunked prefill under a token budget: one row for every sequence that decodes; the rest of the
+budget for the prompts that are under way, then for new ones.
+
+- **Waiting** requests are admitted by priority, first come first served within one. So that none starves, waiting makes
+  up for priority: `ageing_s` seconds are worth one level. If the first one does not fit into the KV pages, those behind
+  it wait as well: nobody overtakes a long prompt.
+- **Prompts share the budget.** One that cannot be finished in this step takes at most half of what is left while others
+  want rows too, so a long prompt does not hold short ones up. The first in turn always gets its half.
+- **Prefixes** that the cache knows are taken over at admission instead of being computed.
+- **Preemption.** When pages run out, the sequence of the lowest priority, among these the last admitted, gives its
+  pages back and waits in its old place. It is computed again later, as far as the cache has forgotten it by then.
+  Waiting requests never preempt running ones.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import math
+from bisect import insort
+from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from engine.pages import PageAllocator, PageTable
+from engine.prefix_cache import extend_hashes
 from engine.request import ErrorCode, Request, RequestRejected
+
+_LEAST_SHARE = 8  # a prompt's share of the budget does not get smaller than the budget over this
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """max_batch_tokens: rows in a step; max_running: sequences that hold KV; max_waiting: the queue behind them."""
+    """max_batch_tokens: rows in a step; max_running: sequences that hold KV; max_waiting: the queue behind them;
+    ageing_s: seconds of waiting that make up for one level of priority."""
 
     max_batch_tokens: int
     max_running: int
     max_waiting: int
+    ageing_s: float = 10.0
 
 
 @dataclass(eq=False, slots=True)
 class Sequence:
-    """A request under way. KV exists for `tokens[:computed]`; what lies behind it is still to be computed."""
+    """A request under way. KV exists for `tokens[:computed]`; what lies behind it is still to be computed.
+
+    `turn`: its place among the waiting ones; lower is earlier. `admitted`: its number in the order of admission, 0
+    before the first one. `cached_tokens`: how many of the prompt's tokens that first one found in the prefix cache.
+    `hashes`: see engine.prefix_cache; at least those of the full pages below `computed`.
+    """
 
     request: Request
     seed: int
     tokens: list[int]
     table: PageTable
+    turn: tuple[float, int]
     computed: int = 0
+    admitted: int = 0
+    cached_tokens: int = 0
+    hashes: list[bytes] = field(default_factory=list)
 
     @property
     def generated(self) -> int:
@@ -42,6 +67,11 @@ class Sequence:
     @property
     def pending(self) -> int:
         return len(self.tokens) - self.computed
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Among the running ones: the last in this order gives way first."""
+        return self.request.priority, self.admitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +94,17 @@ class Scheduler:
     ) -> None:
         self.limits = limits
         self.pages = pages
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # in order of admission
+        self.waiting: list[Sequence] = []  # by turn
+        self.running: dict[str, Sequence] = {}  # by request id
         self.preemptions = 0
+        self.cached_prompt_tokens = 0
         self._clock = clock
         self._new_seed = new_seed
+        self._arrivals = 0
+        self._admissions = 0
+        self._sequences: dict[str, Sequence] = {}
+        self._deadlines: dict[str, float] = {}
+        self._next_deadline = math.inf  # none passes before
 
     def check(self, request: Request, queued: int) -> None:
         """Raises RequestRejected when the request can never run, or when `queued` others already wait."""
@@ -87,72 +123,170 @@ class Scheduler:
             )
 
     def add(self, request: Request) -> None:
+        self._arrivals += 1
+        turn = self._clock() + request.priority * self.limits.ageing_s, self._arrivals
         seed = self._new_seed() if request.params.seed is None else request.params.seed
-        self.waiting.append(Sequence(request, seed, list(request.prompt_token_ids), self.pages.new_table()))
+        sequence = Sequence(request, seed, list(request.prompt_token_ids), self.pages.new_table(), turn)
+        self._sequences[request.request_id] = sequence
+        self._wait(sequence)
+        if request.deadline is not None:
+            self._deadlines[request.request_id] = request.deadline
+            self._next_deadline = min(self._next_deadline, request.deadline)
 
     def remove(self, request_ids: Iterable[str]) -> list[Sequence]:
         """Forgets these requests, wherever they are, and frees their pages."""
-        wanted = set(request_ids)
-        gone = [seq for seq in (*self.running, *self.waiting) if seq.request.request_id in wanted]
-        for sequence in gone:
-            self.pages.release(sequence.table)
-        self.running = [seq for seq in self.running if seq not in gone]
-        self.waiting = deque(seq for seq in self.waiting if seq not in gone)
-        return gone
+        known = [self._sequences[name] for name in dict.fromkeys(request_ids) if name in self._sequences]
+        for sequence in known:
+            self._forget(sequence)
+        waiting = {sequence for sequence in known if self.running.pop(sequence.request.request_id, None) is None}
+        if waiting:
+            self.waiting = [sequence for sequence in self.waiting if sequence not in waiting]
+        return known
 
-    def overdue(self) -> list[Sequence]:
+    def overdue(self) -> list[str]:
+        """The ids of the requests, waiting or running, whose deadline has passed."""
         now = self._clock()
-        return [seq for seq in (*self.running, *self.waiting) if (seq.request.deadline or now) < now]
+        if now <= self._next_deadline:
+            return []
+        self._next_deadline = min((at for at in self._deadlines.values() if at >= now), default=math.inf)
+        return [name for name, at in self._deadlines.items() if at < now]
+
+    # ---- a step
 
     def schedule(self) -> list[ScheduledSequence]:
         """The next step's rows. Pages for them are allocated; `advance` must follow once they are computed."""
-        budget = self.limits.max_batch_tokens
-        scheduled: list[ScheduledSequence] = []
-        # Decoding sequences have one pending row and come first: a long prompt must not hold them up.
-        for sequence in sorted(self.running, key=lambda seq: seq.pending > 1):
-            if budget and sequence in self.running:  # it may have been preempted for one before it
-                rows = self._give_rows(sequence, budget, {item.sequence.request.request_id for item in scheduled})
-                if rows:
-                    scheduled.append(ScheduledSequence(sequence, rows, rows == sequence.pending))
-                    budget -= rows
-        while budget and self.waiting and len(self.running) < self.limits.max_running:
-            sequence = self.waiting[0]
-            rows = min(sequence.pending, budget, self.pages.room(sequence.table, 0))
-            # Room for the whole of it, or it would soon be preempted for those that run.
-            if rows <= 0 or (self.running and not self.pages.can_hold(sequence.pending + 1)):
-                break
-            self.waiting.popleft()
-            self.running.append(sequence)
-            self.pages.extend(sequence.table, rows)
-            scheduled.append(ScheduledSequence(sequence, rows, rows == sequence.pending))
-            budget -= rows
-        return scheduled
-
-    def _give_rows(self, sequence: Sequence, budget: int, scheduled: set[str]) -> int:
-        """Allocates pages for the sequence's next rows, preempting later ones if there are none; returns the rows."""
-        while True:
-            rows = min(sequence.pending, budget, self.pages.room(sequence.table, sequence.computed))
-            if rows > 0:
-                self.pages.extend(sequence.table, sequence.computed + rows)
-                return rows
-            victim = next((seq for seq in reversed(self.running) if seq.request.request_id not in scheduled), sequence)
-            self._preempt(victim)
-            if victim is sequence:
-                return 0
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.preemptions += 1
-        self.pages.release(sequence.table)
-        self.running.remove(sequence)
-        sequence.computed = 0
-        self.waiting.appendleft(sequence)
+        rows: dict[Sequence, int] = {}
+        preemptions = self.preemptions
+        budget = self._schedule_running(rows)
+        if preemptions == self.preemptions:
+            budget = self._admit(rows, budget)
+        self._top_up(rows, budget)
+        return [ScheduledSequence(sequence, count, count == sequence.pending) for sequence, count in rows.items()]
 
     def advance(self, scheduled: Seq[ScheduledSequence]) -> None:
         """The scheduled rows are computed: their KV exists."""
+        page_size = self.pages.page_size
         for item in scheduled:
-            item.sequence.computed += item.rows
-            self.pages.release_past(item.sequence.table, item.sequence.computed)
+            sequence, start = item.sequence, item.sequence.computed
+            end = sequence.computed = start + item.rows
+            if end // page_size > start // page_size:
+                extend_hashes(sequence.hashes, sequence.tokens, page_size, sequence.request.cache_salt)
+                self.pages.register(sequence.table, sequence.hashes, start, end)
+            self.pages.release_past(sequence.table, end)
 
     def finish(self, sequence: Sequence) -> None:
+        """Forgets a running sequence that is complete; what the cache knows of it stays."""
+        del self.running[sequence.request.request_id]
+        self._forget(sequence)
+
+    # ---- its parts
+
+    def _schedule_running(self, rows: dict[Sequence, int]) -> int:
+        """Rows for those that run, in order of rank; returns what is left of the budget."""
+        ranked = sorted(self.running.values(), key=lambda sequence: sequence.rank)
+        prompts = sum(sequence.pending > 1 for sequence in ranked)
+        budget = self.limits.max_batch_tokens
+        for_prompts = max(0, budget - (len(ranked) - prompts))  # one row is kept for each of the others
+        place = 0
+        while place < len(ranked) and budget:  # victims leave at the end of `ranked`
+            sequence = ranked[place]
+            place += 1
+            is_prompt = sequence.pending > 1
+            prompts -= is_prompt
+            wanted = self._share(sequence, for_prompts, others=prompts > 0) if is_prompt else 1
+            given = self._allocate(sequence, wanted, ranked) if wanted else 0
+            if given:
+                rows[sequence] = given
+                budget -= given
+                for_prompts -= given * is_prompt
+        return budget
+
+    def _share(self, sequence: Sequence, left: int, others: bool) -> int:
+        """How many of the `left` rows a prompt may take; `others` want some, too."""
+        if sequence.pending <= left or not (others or self.waiting):
+            return min(sequence.pending, left)
+        return min(left, max(left // 2, self.limits.max_batch_tokens // _LEAST_SHARE, 1))
+
+    def _allocate(self, sequence: Sequence, wanted: int, ranked: list[Sequence]) -> int:
+        """Pages for a sequence's next rows, preempting the last of `ranked` while there are none; returns the rows."""
+        while not (given := self.pages.room(sequence.table, sequence.computed, wanted)):
+            victim = ranked.pop()
+            self._preempt(victim)
+            if victim is sequence:
+                return 0
+        self.pages.extend(sequence.table, sequence.computed, sequence.computed + given)
+        return given
+
+    def _admit(self, rows: dict[Sequence, int], budget: int) -> int:
+        """Rows for those that wait, in turn, as long as they fit; returns what is left of the budget."""
+        if not self.waiting:
+            return budget
+        owed: Counter[str] = Counter()  # pages that the prompts under way are still going to ask for
+        for sequence in self.running.values():
+            if sequence.pending > 1:
+                owed.update(self.pages.owed(sequence.table, len(sequence.tokens) + 1))
+        while budget and self.waiting and len(self.running) < self.limits.max_running:
+            sequence = self.waiting[0]
+            self._adopt_prefix(sequence)
+            owed.update(self.pages.owed(sequence.table, len(sequence.tokens) + 1))
+            # Room for the whole of it, or it would soon be preempted for those that run.
+            if self.running and any(owed[kind] > pool.available for kind, pool in self.pages.pools.items()):
+                self._drop_pages(sequence)
+                break
+            del self.waiting[0]
+            self._enter(sequence)
+            before = self.pages.used()
+            wanted = self._share(sequence, budget, others=False)
+            given = self.pages.room(sequence.table, sequence.computed, wanted)
+            assert given, "what fits, or is alone, has room for a row"
+            self.pages.extend(sequence.table, sequence.computed, sequence.computed + given)
+            owed.subtract({kind: used - before[kind] for kind, used in self.pages.used().items()})
+            rows[sequence] = given
+            budget -= given
+        return budget
+
+    def _enter(self, sequence: Sequence) -> None:
+        self._admissions += 1
+        if not sequence.admitted:
+            sequence.cached_tokens = sequence.computed
+            self.cached_prompt_tokens += sequence.computed
+        sequence.admitted = self._admissions
+        self.running[sequence.request.request_id] = sequence
+
+    def _top_up(self, rows: dict[Sequence, int], budget: int) -> None:
+        """What sharing has left over, and nobody else wanted, goes to the prompts after all."""
+        for sequence, given in rows.items():
+            if budget and given < sequence.pending:
+                wanted = min(sequence.pending, given + budget)
+                rows[sequence] = self.pages.room(sequence.table, sequence.computed, wanted)
+                self.pages.extend(sequence.table, sequence.computed, sequence.computed + rows[sequence])
+                budget -= rows[sequence] - given
+
+    def _adopt_prefix(self, sequence: Sequence) -> None:
+        """Takes over what the cache has of the sequence, but for the last token: its logits are wanted."""
+        if sequence.request.params.prompt_logprobs is not None and not sequence.generated:
+            return  # all rows' logits are wanted
+        page_size = self.pages.page_size
+        extend_hashes(sequence.hashes, sequence.tokens, page_size, sequence.request.cache_salt)
+        hashes = sequence.hashes[: (len(sequence.tokens) - 1) // page_size]
+        count = self.pages.longest_prefix(hashes)
+        self.pages.adopt(sequence.table, hashes[:count])
+        sequence.computed = count * page_size
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        del self.running[sequence.request.request_id]
+        self._drop_pages(sequence)
+        self._wait(sequence)
+
+    def _drop_pages(self, sequence: Sequence) -> None:
         self.pages.release(sequence.table)
-        self.running.remove(sequence)
+        sequence.computed = 0
+
+    def _wait(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=lambda waiting: waiting.turn)
+
+    def _forget(self, sequence: Sequence) -> None:
+        self.pages.release(sequence.table)
+        del self._sequences[sequence.request.request_id]
+        self._deadlines.pop(sequence.request.request_id, None)

@@ -6,30 +6,57 @@ T rows of the step, N rows whose logits are wanted, D hidden width, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from engine.request import FinishReason, RequestOutput, TokenLogprob
+from engine.bitmask import allocate_masks
+from engine.grammar import GrammarError, Matcher
+from engine.penalties import Penalties
+from engine.request import ErrorCode, FinishReason, Request, RequestError, RequestOutput, TokenLogprob
 from engine.sampler import SampleRow, sample, token_logprobs
 from engine.scheduler import ScheduledSequence, Sequence
 from llama4.decoder import Decoder
 from llama4.kv_pages import Batch, KVPages, Segment
 from llama4.moe import Dispatcher
 
+_SCORED_ROWS = 128  # of a prompt at a time: a long prompt's logits would take gigabytes
+
+
+@dataclass(slots=True)
+class _Answer:
+    """What sampling needs of one request beyond its tokens. It depends on these alone, so preemption does not touch it.
+
+    `prompt_logprobs` are gathered while the prompt is prefilled.
+    """
+
+    stop_tokens: tuple[int, ...]
+    penalties: Penalties | None
+    matcher: Matcher | None
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+
 
 class Stepper:
-    """Runs steps over one model, its KV pages and the experts behind a dispatcher.
-
-    Prompt log-probabilities are gathered here while a prompt is prefilled.
-    """
+    """Runs steps over one model, its KV pages and the experts behind a dispatcher."""
 
     def __init__(self, decoder: Decoder, kv: KVPages, dispatcher: Dispatcher, max_context: int) -> None:
         self._decoder = decoder
         self._kv = kv
         self._dispatcher = dispatcher
         self._max_context = max_context
-        self._prompt_logprobs: dict[str, list[TokenLogprob | None]] = {}
+        self._answers: dict[str, _Answer] = {}
+
+    def expect(self, request: Request, matcher: Matcher | None = None) -> None:
+        """Makes ready for a request's tokens, before its first step."""
+        params = request.params
+        stop_tokens = params.stop_token_ids + (() if params.ignore_eos else request.eos_token_ids)
+        penalties = Penalties.of(params, request.prompt_token_ids)
+        self._answers[request.request_id] = _Answer(stop_tokens, penalties, matcher)
+
+    def forget(self, request_id: str) -> None:
+        """Drops what is kept of a request that is removed before it has finished."""
+        self._answers.pop(request_id, None)
 
     @torch.inference_mode()
     def step(self, scheduled: Seq[ScheduledSequence]) -> list[RequestOutput]:
@@ -44,78 +71,132 @@ class Stepper:
         logits_NV = self._decoder.logits(hidden_TD[last_rows])
         return self._sample([item.sequence for item, _ in done], logits_NV)
 
-    def forget(self, request_id: str) -> None:
-        """Drops what is kept of a request that ends before its prefill does, or is computed anew."""
-        self._prompt_logprobs.pop(request_id, None)
-
     def _score_prompts(self, scheduled: Seq[ScheduledSequence], batch: Batch, hidden_TD: Tensor) -> None:
         for item, segment in zip(scheduled, batch.segments, strict=True):
             request, first = item.sequence.request, item.sequence.computed
             wanted = request.params.prompt_logprobs
-            # Row i scores token i + 1, so a prompt's last row scores nothing.
-            rows = min(first + item.rows, len(request.prompt_token_ids) - 1) - first
             if wanted is None or item.sequence.generated:
                 continue
-            entries = self._prompt_logprobs.setdefault(request.request_id, [None])
-            del entries[first + 1 :]  # a preempted prompt starts again
-            if rows > 0:
-                logits_NV = self._decoder.logits(hidden_TD[segment.start : segment.start + rows])
-                scored = request.prompt_token_ids[first + 1 : first + 1 + rows]
-                entries += token_logprobs(logits_NV, scored, [wanted] * rows)
+            entries = self._answers[request.request_id].prompt_logprobs
+            if not first:
+                entries[:] = [None]  # the first token has none; a preempted prompt starts again
+            # Row i scores token i + 1, so a prompt's last row scores nothing.
+            rows = min(first + item.rows, len(request.prompt_token_ids) - 1) - first
+            for done in range(0, rows, _SCORED_ROWS):
+                count = min(_SCORED_ROWS, rows - done)
+                start, position = segment.start + done, first + done + 1
+                logits_NV = self._decoder.logits(hidden_TD[start : start + count])
+                scored = request.prompt_token_ids[position : position + count]
+                entries += token_logprobs(logits_NV, scored, [wanted] * count)
 
     def _sample(self, sequences: list[Sequence], logits_NV: Tensor) -> list[RequestOutput]:
-        rows = [SampleRow(seq.request.params, seq.seed, len(seq.tokens), _forbidden(seq)) for seq in sequences]
-        tokens = sample(logits_NV, rows)
-        scored = self._score_tokens(sequences, logits_NV, tokens)
-        outputs = []
-        for sequence, token in zip(sequences, tokens, strict=True):
-            request = sequence.request
-            prompt_logprobs = tuple(self._prompt_logprobs.pop(request.request_id, ()))
-            if request.params.max_tokens == 0:
-                outputs.append(
-                    RequestOutput(
-                        request.request_id, prompt_logprobs=prompt_logprobs, finish_reason=FinishReason.LENGTH
-                    )
-                )
-                continue
-            sequence.tokens.append(token)
-            reason, stop_token = self._finish(sequence, token)
-            outputs.append(
-                RequestOutput(
-                    request.request_id,
-                    (token,),
-                    scored.get(request.request_id, ()),
-                    prompt_logprobs,
-                    reason,
-                    stop_token,
-                )
+        answers = [self._answers[sequence.request.request_id] for sequence in sequences]
+        masks, errors = _fill_masks(answers, logits_NV.shape[1])
+        rows = [
+            SampleRow(
+                sequence.request.params,
+                sequence.seed,
+                len(sequence.tokens),
+                # Before min_tokens no token may come that would end the answer.
+                answer.stop_tokens if sequence.generated < sequence.request.params.min_tokens else (),
+                answer.penalties,
+                masks.get(n),
             )
+            for n, (sequence, answer) in enumerate(zip(sequences, answers, strict=True))
+        ]
+        tokens = sample(logits_NV, rows)
+        scored = _score_tokens(sequences, logits_NV, tokens)
+        outputs = []
+        for n, (sequence, answer) in enumerate(zip(sequences, answers, strict=True)):
+            output = self._output(sequence, answer, tokens[n], scored.get(n, ()), errors.get(n))
+            if output.finish_reason is not None:
+                self.forget(output.request_id)
+            outputs.append(output)
         return outputs
 
-    @staticmethod
-    def _score_tokens(
-        sequences: list[Sequence], logits_NV: Tensor, tokens: list[int]
-    ) -> dict[str, tuple[TokenLogprob, ...]]:
-        wanting = [
-            (n, seq.request.request_id, seq.request.params.logprobs)
-            for n, seq in enumerate(sequences)
-            if seq.request.params.logprobs is not None
-        ]
-        if not wanting:
-            return {}
-        index = torch.tensor([n for n, _, _ in wanting], device=logits_NV.device)
-        logprobs = token_logprobs(
-            logits_NV[index], [tokens[n] for n, _, _ in wanting], [wanted for _, _, wanted in wanting]
+    def _output(
+        self,
+        sequence: Sequence,
+        answer: _Answer,
+        token: int,
+        logprobs: tuple[TokenLogprob, ...],
+        error: RequestError | None,
+    ) -> RequestOutput:
+        """Appends the token to its sequence; what the request's client gets to know of it."""
+        request, first = sequence.request, not sequence.generated
+        prompt_logprobs = tuple(answer.prompt_logprobs) if first else ()
+        cached_tokens = sequence.cached_tokens if first else 0
+        if error is None and request.params.max_tokens > 0:
+            sequence.tokens.append(token)
+            error = _accept(answer, token)
+        if error is not None:
+            return RequestOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error)
+        if request.params.max_tokens == 0:
+            return RequestOutput(
+                request.request_id,
+                prompt_logprobs=prompt_logprobs,
+                finish_reason=FinishReason.LENGTH,
+                cached_tokens=cached_tokens,
+            )
+        reason, stop_token = self._finish(sequence, answer, token)
+        return RequestOutput(
+            request.request_id, (token,), logprobs, prompt_logprobs, reason, stop_token, cached_tokens=cached_tokens
         )
-        return {request_id: (entry,) for (_, request_id, _), entry in zip(wanting, logprobs, strict=True)}
 
-    def _finish(self, sequence: Sequence, token: int) -> tuple[FinishReason | None, int | None]:
-        request, generated = sequence.request, sequence.generated
-        if generated >= request.params.min_tokens and token in _stop_tokens(sequence):
+    def _finish(self, sequence: Sequence, answer: _Answer, token: int) -> tuple[FinishReason | None, int | None]:
+        """Whether the token ends its answer. Where a grammar lets nothing follow, no end-of-text token is awaited."""
+        params, generated = sequence.request.params, sequence.generated
+        if token in answer.stop_tokens and generated >= params.min_tokens:
             return FinishReason.STOP, token
-        if generated >= request.params.max_tokens or len(sequence.tokens) >= self._max_context:
+        if answer.matcher is not None and answer.matcher.is_done:
+            return FinishReason.STOP, None
+        if generated >= params.max_tokens or len(sequence.tokens) >= self._max_context:
             return FinishReason.LENGTH, None
         return None, None
+
+
+def _fill_masks(answers: Seq[_Answer], vocabulary: int) -> tuple[dict[int, Tensor], dict[int, RequestError]]:
+    """The masks of the rows that follow a grammar, and the errors of those whose grammar gave up."""
+    constrained = [(n, answer.matcher) for n, answer in enumerate(answers) if answer.matcher is not None]
+    masks: dict[int, Tensor] = {}
+    errors: dict[int, RequestError] = {}
+    for (n, matcher), mask_W in zip(constrained, allocate_masks(len(constrained), vocabulary), strict=True):
+        try:
+            matcher.fill_mask(mask_W)
+            masks[n] = mask_W
+        except GrammarError as error:
+            errors[n] = _grammar_failed(error)
+    return masks, errors
+
+
+def _accept(answer: _Answer, token: int) -> RequestError | None:
+    """Tells the answer's penalties and grammar of the token; returns why the grammar gave up, if it did."""
+    if answer.penalties is not None:
+        answer.penalties.add(token)
+    if answer.matcher is not None:
+        try:
+            answer.matcher.accept(token)
+        except GrammarError as error:
+            return _grammar_failed(error)
+    return None
+
+
+def _grammar_failed(error: GrammarError) -> RequestError:
+    return RequestError(ErrorCode.INVALID_ARGUMENT, f"the answer's grammar could not be followed: {error}")
+
+
+def _score_tokens(sequences: Seq[Sequence], logits_NV: Tensor, tokens: Seq[int]) -> dict[int, tuple[TokenLogprob, ...]]:
+    """The log-probabilities of the rows that want them."""
+    wanting = [
+        (n, sequence.request.params.logprobs)
+        for n, sequence in enumerate(sequences)
+        if sequence.request.params.logprobs is not None
+    ]
+    if not wanting:
+        return {}
+    index = torch.tensor([n for n, _ in wanting], device=logits_NV.device)
+    scored = token_logprobs(logits_NV[index], [tokens[n] for n, _ in wanting], [wanted for _, wanted in wanting])
+    return {n: (entry,) for (n, _), entry in zip(wanting, scored, strict=True)}
 
 
 def _batch(scheduled: Seq[ScheduledSequence]) -> Batch:
@@ -126,13 +207,3 @@ def _batch(scheduled: Seq[ScheduledSequence]) -> Batch:
         segments.append(Segment(len(token_ids), item.rows, first, sequence.table.pages))
         token_ids += sequence.tokens[first : first + item.rows]
     return Batch.of(token_ids, segments)
-
-
-def _stop_tokens(sequence: Sequence) -> tuple[int, ...]:
-    request = sequence.request
-    return request.params.stop_token_ids + (() if request.params.ignore_eos else request.eos_token_ids)
-
-
-def _forbidden(sequence: Sequence) -> tuple[int, ...]:
-    """Before min_tokens no token may come that would end the answer."""
-    return _stop_tokens(sequence) if sequence.generated < sequence.request.params.min_tokens else ()

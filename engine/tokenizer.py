@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
@@ -24,6 +26,32 @@ def _byte_of_symbol() -> dict[str, int]:
 
 
 _BYTE_OF_SYMBOL = _byte_of_symbol()
+
+
+def _for_template(message: Mapping[str, object]) -> dict[str, object]:
+    """A message as chat templates want it: the arguments of its calls as objects, no content as empty text.
+
+    Raises RequestRejected (field "messages") for arguments that are no JSON object.
+    """
+    shown = {**message, "content": "" if message.get("content") is None else message["content"]}
+    calls = message.get("tool_calls")
+    if isinstance(calls, list | tuple):
+        shown["tool_calls"] = [{**call, "function": _with_arguments(call["function"])} for call in calls]
+    return shown
+
+
+def _with_arguments(function: Mapping[str, object]) -> dict[str, object]:
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, Mapping):
+        raise RequestRejected(
+            f"messages: the arguments of the call to {function.get('name')!r} are no JSON object", field="messages"
+        )
+    return {**function, "arguments": arguments}
 
 
 class Tokenizer:
@@ -60,26 +88,50 @@ class Tokenizer:
             raise ValueError(f"{file}: cannot be read as a tokenizer: {error}") from error
         return cls(fast)
 
+    def to_json(self) -> str:
+        """The contents of a tokenizer.json with all added tokens, without padding and truncation."""
+        backend = copy(self._backend)
+        backend.no_padding()
+        backend.no_truncation()
+        text: str = backend.to_str()
+        return text
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, by default with what the tokenizer puts around a prompt (begin-of-text)."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation (`role`, `content`) up to where the assistant's answer begins.
+    def encode_chat(
+        self, messages: Sequence[Mapping[str, object]], tools: Sequence[Mapping[str, object]] = ()
+    ) -> list[int]:
+        """Token ids of a conversation up to where the assistant's answer begins.
 
+        `messages` have OpenAI's form: `role` and `content`; an assistant's calls as `tool_calls` of
+        `{"id": ..., "type": "function", "function": {"name": ..., "arguments": JSON text}}`; a call's result as role
+        "tool" with `tool_call_id` and `content`. `tools`: definitions in OpenAI's form (`Tool.definition()`).
         Raises RequestRejected (field "messages") when there is no chat template or the template refuses them.
         """
         if not self.has_chat_template:
             raise RequestRejected("messages: this model has no chat template; send a prompt instead", field="messages")
         try:
+            conversation: list[Any] = [_for_template(message) for message in messages]
             text = self._fast.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+                conversation,
+                tools=[dict(tool) for tool in tools] or None,
+                add_generation_prompt=True,
+                tokenize=False,
             )
-        except TemplateError as error:
+            assert isinstance(text, str)
+            text.encode()  # arguments may hold half of a surrogate pair as an escape
+        except RequestRejected:
+            raise
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             raise RequestRejected(f"messages: the chat template refuses them: {error}", field="messages") from error
-        assert isinstance(text, str)
         return self.encode(text, add_special_tokens=False)
+
+    def is_text(self, token_id: int) -> bool:
+        """Whether the id is in the vocabulary and no special token."""
+        return token_id not in self.special_ids and self._backend.id_to_token(token_id) is not None
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for; none for an id that the vocabulary leaves out."""

@@ -14,8 +14,11 @@ from torch import Tensor
 
 from llama4.config import TextConfig
 from llama4.kv_pages import KVPages
-from llama4.plan import DecodeGroup, PrefillRun, StepPlan
-from llama4.rope import rotate
+from llama4.linear import linear
+from llama4.memory import zeros
+from llama4.norm import inverse_rms
+from llama4.plan import DecodeGroup, KindPlan, PrefillRun, StepPlan
+from llama4.rope import rotate_
 
 
 class Attention:
@@ -25,7 +28,9 @@ class Attention:
         self._layer = layer
         self._kind = config.layer_kinds[layer]
         self._use_rope = layer in config.rope_layers
-        self._norm_eps = config.rms_norm_eps if config.use_qk_norm and self._use_rope else None
+        self._norm_eps: Tensor | None = None
+        if config.use_qk_norm and self._use_rope:
+            self._norm_eps = torch.tensor(config.rms_norm_eps, dtype=torch.float32, device=device)
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._groups, self._head_dim = config.kv_groups, config.head_dim
         query_rows, kv_rows = self._heads * self._head_dim, self._kv_heads * self._head_dim
@@ -35,8 +40,8 @@ class Attention:
             "k_proj": slice(query_rows, query_rows + kv_rows),
             "v_proj": slice(query_rows + kv_rows, rows),
         }
-        self.qkv_weight = torch.empty((rows, config.hidden_size), dtype=dtype, device=device)
-        self.out_weight = torch.empty((config.hidden_size, query_rows), dtype=dtype, device=device)
+        self.qkv_weight = zeros((rows, config.hidden_size), dtype, device)
+        self.out_weight = zeros((config.hidden_size, query_rows), dtype, device)
         self.qkv_bias: Tensor | None = None
         self.out_bias: Tensor | None = None
         if config.attention_bias:
@@ -56,13 +61,15 @@ class Attention:
     def __call__(self, x_TD: Tensor, plan: StepPlan, kv: KVPages) -> Tensor:
         """The attention's output [T, D]; the rows' keys and values are in the pages afterwards."""
         rotated = self._heads + self._kv_heads
-        qkv_TD = F.linear(x_TD, self.qkv_weight, self.qkv_bias)
+        qkv_TD = linear(x_TD, self.qkv_weight)
+        if self.qkv_bias is not None:
+            qkv_TD += self.qkv_bias
         qkv_THE = qkv_TD.view(-1, rotated + self._kv_heads, self._head_dim)
         if self._use_rope:
-            qk_TRE = rotate(qkv_THE[:, :rotated], plan.rotation_TF)
+            qk_TRE = qkv_THE[:, :rotated]
+            rotate_(qk_TRE, plan.rotation_T1F)
             if self._norm_eps is not None:
-                qk_TRE = F.rms_norm(qk_TRE.float(), (self._head_dim,), eps=self._norm_eps).type_as(qk_TRE)
-            qkv_THE[:, :rotated] = qk_TRE
+                qk_TRE.mul_(inverse_rms(qk_TRE, self._norm_eps))
         elif plan.temperature_T11 is not None:
             qkv_THE[:, : self._heads] *= plan.temperature_T11
         q_THE = qkv_THE[:, : self._heads]
@@ -71,18 +78,30 @@ class Attention:
         steps = plan.kinds[self._kind]
         written = kv_T2KE if steps.written_rows is None else kv_T2KE[steps.written_rows]
         kv.write(self._layer, steps.slots, written)
+        out_TD = linear(self._attend(q_THE, kv_T2KE, steps, plan, kv).flatten(1), self.out_weight)
+        return out_TD if self.out_bias is None else out_TD.add_(self.out_bias)
+
+    def _attend(self, q_THE: Tensor, kv_T2KE: Tensor, steps: KindPlan, plan: StepPlan, kv: KVPages) -> Tensor:
+        """The weighted values of every row [T, H, E]."""
+        if len(steps.decode) == 1 and steps.decode[0].rows_B is None:
+            return self._decode(q_THE, steps.decode[0], kv)
         out_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
         for group in steps.decode:
-            out_THE[group.rows_B] = self._decode(q_THE, group, kv)
+            assert group.rows_B is not None, "only a step's only group has all rows"
+            out_THE[group.rows_B] = self._decode(q_THE[group.rows_B], group, kv)
         for run in steps.prefill:
             self._prefill(q_THE, kv_T2KE, run, plan, kv, out_THE)
-        return F.linear(out_THE.flatten(1), self.out_weight, self.out_bias)
+        return out_THE
 
-    def _decode(self, q_THE: Tensor, group: DecodeGroup, kv: KVPages) -> Tensor:
+    def _decode(self, q_BHE: Tensor, group: DecodeGroup, kv: KVPages) -> Tensor:
         """One query per sequence; the G query heads of a key/value head pose as G queries, so keys are read once."""
-        rows = group.rows_B.shape[0]
-        q_BKGE = q_THE[group.rows_B].view(rows, self._kv_heads, self._groups, self._head_dim)
-        kv_BL2KE = kv.gather(self._layer, group.pages_N).view(rows, -1, 2, self._kv_heads, self._head_dim)
+        q_BKGE = q_BHE.view(group.rows, self._kv_heads, self._groups, self._head_dim)
+        if group.pages_N is None:
+            first, last = group.first_slot + group.keys.start, group.first_slot + group.keys.stop
+            kv_BL2KE = kv.read(self._layer, first, last - first)[None]
+        else:
+            kv_BP2KE = kv.gather(self._layer, group.pages_N)
+            kv_BL2KE = kv_BP2KE.view(group.rows, -1, *kv_BP2KE.shape[1:])[:, group.keys]
         k_BKLE, v_BKLE = kv_BL2KE.permute(2, 0, 3, 1, 4)
         out_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKLE, v_BKLE, attn_mask=group.mask_B11L)
         return out_BKGE.flatten(1, 2)

@@ -14,20 +14,12 @@ from torch import Tensor
 from llama4.attention import Attention
 from llama4.config import TextConfig
 from llama4.kv_pages import Batch, KVPages
+from llama4.linear import linear
+from llama4.memory import zeros
 from llama4.moe import MLP, Dispatcher, MoE
+from llama4.norm import RMSNorm
 from llama4.plan import StepPlan, plan_step
 from llama4.rope import inverse_frequencies
-
-
-class RMSNorm:
-    """x / sqrt(mean(x^2) + eps) in float32, times a weight."""
-
-    def __init__(self, width: int, eps: float, dtype: torch.dtype, device: torch.device | str) -> None:
-        self._eps = eps
-        self.weight = torch.empty(width, dtype=dtype, device=device)
-
-    def __call__(self, x_TD: Tensor) -> Tensor:
-        return F.rms_norm(x_TD.float(), self.weight.shape, eps=self._eps).type_as(x_TD) * self.weight
 
 
 class Layer:
@@ -51,11 +43,11 @@ class Layer:
         yield from self.feed_forward.tensors(f"{prefix}.feed_forward")
 
     def __call__(self, h_TD: Tensor, plan: StepPlan, kv: KVPages, dispatcher: Dispatcher) -> Tensor:
-        h_TD = h_TD + self.attention(self.attention_norm(h_TD), plan, kv)
+        h_TD = self.attention(self.attention_norm(h_TD), plan, kv).add_(h_TD)
         x_TD = self.feed_forward_norm(h_TD)
         if isinstance(self.feed_forward, MoE):
-            return h_TD + self.feed_forward(x_TD, dispatcher)
-        return h_TD + self.feed_forward(x_TD)
+            return self.feed_forward(x_TD, dispatcher).add_(h_TD)
+        return self.feed_forward(x_TD).add_(h_TD)
 
 
 class Decoder:
@@ -63,10 +55,10 @@ class Decoder:
 
     def __init__(self, config: TextConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         self.config = config
-        self._embedding = torch.empty((config.vocab_size, config.hidden_size), dtype=dtype, device=device)
+        self._embedding = zeros((config.vocab_size, config.hidden_size), dtype, device)
         self._layers = [Layer(config, n, dtype, device) for n in range(config.num_hidden_layers)]
         self._norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self._head = self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding)
+        self._head = self._embedding if config.tie_word_embeddings else zeros(self._embedding.shape, dtype, device)
         self._frequencies_F = inverse_frequencies(config, device)
 
     @property
@@ -96,4 +88,4 @@ class Decoder:
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """The next token's logits, float32 [N, V]."""
-        return F.linear(h_ND, self._head).float()
+        return linear(h_ND, self._head).float()

@@ -29,11 +29,20 @@ MIN_QUERY_BLOCK = 16
 
 @dataclass(frozen=True, slots=True)
 class DecodeGroup:
-    """Rows that attend as one padded batch. `mask_B11L` is added to the scores: 0 inside a row's window, else -inf."""
+    """Rows that attend as one padded batch.
 
-    rows_B: Tensor
-    pages_N: Tensor  # B * P page ids
-    mask_B11L: Tensor
+    `rows`: how many, B. `rows_B`: which rows of the step; None if they are all of them, in order. `pages_N`: B * P page
+    ids; None if there is one row and its pages follow each other in the pool, from slot `first_slot` on: then they are
+    read in place. `keys`: the part of the pages in which all rows' windows lie. `mask_B11L` is added to the scores of
+    these keys: 0 inside a row's window, else -inf; None if every window is all of them.
+    """
+
+    rows: int
+    rows_B: Tensor | None
+    pages_N: Tensor | None
+    first_slot: int
+    keys: slice
+    mask_B11L: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +74,7 @@ class StepPlan:
     """A step's plan. `mask_QL` serves all prefill runs that have a history: see `prefill_mask`."""
 
     kinds: dict[LayerKind, KindPlan]
-    rotation_TF: Tensor
+    rotation_T1F: Tensor
     temperature_T11: Tensor | None
     mask_QL: Tensor
 
@@ -91,12 +100,17 @@ def plan_step(config: TextConfig, batch: Batch, page_size: int, frequencies_F: T
         queries = min(queries, QUERY_BLOCK, max(MIN_QUERY_BLOCK, MASK_ELEMENTS // keys))
     return StepPlan(
         kinds=kinds,
-        rotation_TF=rotation(positions_T, frequencies_F),
+        rotation_T1F=rotation(positions_T, frequencies_F),
         temperature_T11=(
             query_temperature(config, positions_T)[:, None, None] if config.attn_temperature_tuning else None
         ),
-        mask_QL=torch.full((queries, keys), -math.inf, dtype=dtype, device=device).triu(keys - queries + 1),
+        mask_QL=_causal_mask(queries, keys, dtype, device),
     )
+
+
+def _causal_mask(queries: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    mask_QL = torch.full((queries, keys), -math.inf, dtype=dtype, device=device)
+    return mask_QL.triu_(keys - queries + 1) if queries else mask_QL
 
 
 class _Planner:
@@ -126,7 +140,7 @@ class _Planner:
         return KindPlan(
             written_rows=None if all_rows else self._indices(rows),
             slots=self._indices(slots),
-            decode=tuple(self._group(group) for group in self._grouped(decoding)),
+            decode=tuple(self._group(group, len(batch.segments)) for group in self._grouped(decoding)),
             prefill=tuple(run for segment in prefilling for run in self._runs(segment)),
         )
 
@@ -168,24 +182,33 @@ class _Planner:
             groups.extend(members[i : i + count] for i in range(0, len(members), count))
         return groups
 
-    def _group(self, members: Sequence[tuple[Segment, list[int]]]) -> DecodeGroup:
+    def _group(self, members: Sequence[tuple[Segment, list[int]]], segments: int) -> DecodeGroup:
         width = max(len(pages) for _, pages in members)
         # Padding repeats a page of the row's own: it is masked, and any page will do.
-        pages_N = [page for _, pages in members for page in pages + pages[:1] * (width - len(pages))]
+        page_ids = [page for _, pages in members for page in pages + pages[:1] * (width - len(pages))]
+        in_place = len(members) == 1 and page_ids == list(range(page_ids[0], page_ids[0] + width))
         lows, highs = [], []
         for segment, _ in members:
             start = self._config.window_start(self._kind, segment.position)
             lows.append(start % self._page_size)
             highs.append(lows[-1] + segment.position - start)
+        first, last = min(lows), max(highs)
+        return DecodeGroup(
+            rows=len(members),
+            # All segments are in this group, so all are single rows; members keep the segments' order.
+            rows_B=None if len(members) == segments else self._indices([segment.start for segment, _ in members]),
+            pages_N=None if in_place else self._indices(page_ids),
+            first_slot=page_ids[0] * self._page_size,
+            keys=slice(first, last + 1),
+            mask_B11L=None if first == max(lows) and last == min(highs) else self._mask(lows, highs, first, last),
+        )
+
+    def _mask(self, lows: Sequence[int], highs: Sequence[int], first: int, last: int) -> Tensor:
         lows_B1, highs_B1 = torch.tensor(lows)[:, None], torch.tensor(highs)[:, None]
-        places_L = torch.arange(width * self._page_size)
+        places_L = torch.arange(first, last + 1)
         outside_BL = (places_L < lows_B1) | (places_L > highs_B1)
         mask_BL = torch.zeros(outside_BL.shape, dtype=self._dtype).masked_fill_(outside_BL, -math.inf)
-        return DecodeGroup(
-            rows_B=self._indices([segment.start for segment, _ in members]),
-            pages_N=self._indices(pages_N),
-            mask_B11L=mask_BL[:, None, None].to(self._device),
-        )
+        return mask_BL[:, None, None].to(self._device)
 
     def _runs(self, segment: Segment) -> list[PrefillRun]:
         runs = []

@@ -33,15 +33,18 @@ def inverse_frequencies(config: TextConfig, device: torch.device | str) -> Tenso
 
 
 def rotation(positions_T: Tensor, frequencies_F: Tensor) -> Tensor:
-    """The complex factor e^(i * position * frequency) of each row and pair, complex64 [T, F]."""
+    """The complex factor e^(i * position * frequency) of each row and pair, complex64 [T, 1, F]."""
     angles_TF = positions_T[:, None].float() * frequencies_F
-    return torch.polar(torch.ones_like(angles_TF), angles_TF)
+    return torch.polar(torch.ones_like(angles_TF), angles_TF)[:, None]
 
 
-def rotate(x_THD: Tensor, rotation_TF: Tensor) -> Tensor:
-    """Turns each pair (x[2i], x[2i+1]) of every head by its row's angle, in float32."""
-    pairs_THF = torch.view_as_complex(x_THD.float().reshape(*x_THD.shape[:-1], rotation_TF.shape[-1], 2))
-    return torch.view_as_real(pairs_THF * rotation_TF[:, None, :]).flatten(-2).type_as(x_THD)
+def rotate_(x_THD: Tensor, rotation_T1F: Tensor) -> None:
+    """Turns each pair (x[2i], x[2i+1]) of every head by its row's angle, in place, computed in float32."""
+    x32_THD = x_THD.float()  # x itself, if it is float32
+    pairs = x32_THD.view(*x32_THD.shape[:-1], rotation_T1F.shape[-1], 2)
+    torch.view_as_complex(pairs).mul_(rotation_T1F)
+    if x32_THD is not x_THD:
+        x_THD.copy_(x32_THD)
 
 
 def query_temperature(config: TextConfig, positions_T: Tensor) -> Tensor:

@@ -78,14 +78,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (path / "config.json").write_text(json.dumps(values), encoding="utf-8")
     model = TextConfig.from_dir(path)
 
-    class NoDispatcher:
-        def dispatch(self, x_ND: torch.Tensor, expert_ids_NK: torch.Tensor, layer: int) -> None:
-            raise AssertionError
-
-        def combine(self, ticket: None) -> torch.Tensor:
-            raise AssertionError
-
-    tensors = {name: torch.zeros(t.shape) for name, t in Decoder(model, NoDispatcher(), torch.float32, "cpu").tensors()}
+    tensors = {name: torch.zeros(t.shape) for name, t in Decoder(model, torch.float32, "cpu").tensors()}
     one = Experts(model, {layer: [0] for layer in model.moe_layers}, torch.float32, "cpu")
     tensors |= {name: torch.zeros(model.num_local_experts, *part.shape) for name, _, part in one.tensors()}
     save_file(tensors, path / "model.safetensors")
@@ -180,10 +173,19 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
 
     def Chat(self, request: Any, context: Any) -> Any:
         self.asked.append(request)
-        return inference_pb2.ChatResponse(text=ANSWERS.get(request.messages[-1].content[0].text, "well"))
+        text = ANSWERS.get(request.messages[-1].content[0].text, "well")
+        return inference_pb2.ChatResponse(choices=[inference_pb2.Choice(text=text)])
 
 
 class FakeControl(control_pb2_grpc.ControlServiceServicer):
+    def __init__(self, asked: list[Any]) -> None:
+        self.asked = asked
+
+    def Drain(self, request: Any, context: Any) -> Any:
+        """Of two requests that run, one ends between one call and the next."""
+        self.asked.append(dict(context.invocation_metadata()).get("authorization", ""))
+        return control_pb2.DrainResponse(remaining=max(0, 3 - len(self.asked)))
+
     def GetServerInfo(self, request: Any, context: Any) -> Any:
         actor = control_pb2.ActorInfo(
             name="expert-1",
@@ -199,8 +201,15 @@ class FakeControl(control_pb2_grpc.ControlServiceServicer):
         return control_pb2.GetServerInfoResponse(version="0.1.0", ready=True, epoch=3, actors=[actor])
 
     def GetLoad(self, request: Any, context: Any) -> Any:
-        pages = [control_pb2.KvPages(layer_kind="full", used=1, total=4)]
-        engine = control_pb2.EngineLoad(actor="attention-0", running=5, tokens_per_second=1234.5, kv_pages=pages)
+        pages = [control_pb2.KvPages(layer_kind="full", used=1, total=4, cached=2)]
+        engine = control_pb2.EngineLoad(
+            actor="attention-0",
+            running=5,
+            tokens_per_second=1234.5,
+            kv_pages=pages,
+            cached_prompt_tokens=77,
+            preemptions=2,
+        )
         return control_pb2.GetLoadResponse(engines=[engine])
 
     def GetExpertPlacement(self, request: Any, context: Any) -> Any:
@@ -221,7 +230,7 @@ def _server() -> Iterator[FakeServer]:
     thread.start()
     rpc = grpc.server(futures.ThreadPoolExecutor(4))
     inference_pb2_grpc.add_InferenceServiceServicer_to_server(FakeInference(fake.asked), rpc)
-    control_pb2_grpc.add_ControlServiceServicer_to_server(FakeControl(), rpc)
+    control_pb2_grpc.add_ControlServiceServicer_to_server(FakeControl(fake.asked), rpc)
     fake.address = f"127.0.0.1:{rpc.add_insecure_port('127.0.0.1:0')}"
     rpc.start()
     deadline = time.monotonic() + 10

@@ -28,9 +28,18 @@ class FakeDeployment:
     def __init__(self, on_wait: Callable[[], None]) -> None:
         self._on_wait = on_wait
         self.stops = 0
+        self.drains: list[float] = []
+        self.remaining = 0
 
     def wait(self) -> None:
         self._on_wait()
+
+    def drain(self, timeout_s: float) -> int:
+        assert self.stops == 0
+        self.drains.append(timeout_s)
+        if self.remaining:
+            signal.raise_signal(signal.SIGINT)
+        return self.remaining
 
     def stop(self) -> None:
         self.stops += 1
@@ -73,7 +82,7 @@ def test_it_serves_until_a_signal(
     before = signal.getsignal(number)
     result = cli.invoke(app, ["serve", str(config_file)])
     assert result.exit_code == 0, result.stderr
-    assert deployment.stops == 1
+    assert (deployment.drains, deployment.stops) == ([30.0], 1)
     starting, serving = seen
     assert not starting["serving"]
     assert serving["serving"] and serving["http_url"] == deployment.http_url
@@ -102,6 +111,35 @@ def test_a_second_signal_does_not_disturb_the_stop(
     result = cli.invoke(app, ["serve", str(config_file)])
     assert result.exit_code == 0
     assert ended == ["torn down"]
+
+
+def test_a_second_signal_cuts_draining_short(
+    cli: CliRunner, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deployment = FakeDeployment(lambda: signal.raise_signal(signal.SIGTERM))
+    deployment.remaining = 1
+    install(monkeypatch, lambda config, **_: deployment)
+    result = cli.invoke(app, ["serve", str(config_file), "--set", "gateway.drain_timeout_s=7"])
+    assert result.exit_code == 0
+    assert (deployment.drains, deployment.stops) == ([7.0], 1)
+    assert "have not ended" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("gateway.api_keys_file=/nowhere", "gateway.api_keys_file: /nowhere cannot be read"),
+        ("gateway.grpc={mode: standalone, tls: {cert: /no, key: /no}}", "gateway.grpc.tls.key: there is no file /no"),
+        ("gateway.grpc.tls={cert: /no, key: /no}", "gateway.grpc.tls needs gateway.grpc.mode to be standalone"),
+        ("gateway.api_keys=['']", "gateway.api_keys must not hold an empty key"),
+    ],
+)
+def test_gateway_files_are_looked_at_before_anything_starts(
+    cli: CliRunner, config_file: Path, setting: str, said: str
+) -> None:
+    result = cli.invoke(app, ["serve", str(config_file), "--set", setting])
+    assert result.exit_code == 2
+    assert said in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ def test_tables(cli: CliRunner, server: FakeServer, tmp_path: Path) -> None:
     lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.strip()}
     assert lines["herder"] == ["herder", "0.1.0,", "epoch", "3:", "ready"]
     assert lines["expert-1"][:6] == ["expert-1", "expert", "1", "10.0.0.7", "4711", "cpu"]
-    assert lines["attention-0"] == ["attention-0", "5", "0", "1,234", "0", "0", "full", "25%"]
+    numbers = ["5", "0", "1,234", "0", "77", "0", "2"]
+    assert lines["attention-0"] == ["attention-0", *numbers, "full", "25%", "(cached", "50%)"]
     assert lines["1"] == ["1", "4,000", "0@0+1", "75%", "1@1", "25%", "0@0+1", "75%", "1@1", "25%"]
 
 

@@ -104,6 +104,18 @@ def test_model_path_is_beside_the_file_or_under_the_working_directory(
         ("gateway: {host: ''}", "gateway.host must not be empty"),
         ("gateway: {host: 7}", "gateway.host must be text, not 7"),
         ("gateway: {grpc_port: 8000}", "gateway.grpc_port must differ from gateway.http_port (8000)"),
+        (
+            "gateway: {grpc: {tls: {cert: a, key: b}}}",
+            "gateway.grpc.tls needs gateway.grpc.mode to be standalone: Ray Serve's proxy has no TLS",
+        ),
+        (
+            "gateway: {grpc: {tls: {crt: a, cert: a, key: b}}}",
+            "gateway.grpc.tls.crt is not a known key; the nearest is gateway.grpc.tls.cert",
+        ),
+        ("gateway: {grpc: {mode: own}}", "gateway.grpc.mode must be 'serve' or 'standalone', not 'own'"),
+        ("gateway: {max_body_bytes: 0}", "gateway.max_body_bytes must be at least 1, not 0"),
+        ("gateway: {drain_timeout_s: -1}", "gateway.drain_timeout_s must be at least 0, not -1"),
+        ("gateway: {api_keys: ['  ']}", "gateway.api_keys must not hold an empty key"),
         ("engine: {kv_tokens: 100}", "engine.kv_tokens (100) must be a multiple of engine.page_size (16)"),
         ("experts: {num_cpus: 0}", "experts.num_cpus must be above 0 when experts reserves no GPU and no resources"),
         ("experts: {resources: {GPU: 1}}", "experts.resources must not hold GPU: use experts.num_gpus"),
@@ -134,6 +146,17 @@ def test_all_faults_come_at_once(tmp_path: Path) -> None:
     found = problems(tmp_path, "engine: {page_size: 0}\nlog_level: LOUD\n")
     assert len(found) == 3
     assert found[0] == "model is required"
+
+
+def test_paths_of_the_gateway_are_beside_the_file(tmp_path: Path) -> None:
+    text = (
+        "gateway: {api_keys: [secret], api_keys_file: keys, grpc: {mode: standalone, tls: {cert: c.pem, key: /k.pem}}}"
+    )
+    gateway = load_config(write(tmp_path, MINIMAL + text)).gateway
+    tls = gateway.grpc.tls
+    assert tls is not None and (tls.cert, tls.key, tls.client_ca) == (tmp_path / "c.pem", Path("/k.pem"), None)
+    assert gateway.api_keys_file == tmp_path / "keys"
+    assert "secret" not in repr(gateway) and gateway.api_keys[0].get_secret_value() == "secret"
 
 
 @pytest.mark.parametrize("override", ["engine.page_size", "=3", "engine..page_size=3"])

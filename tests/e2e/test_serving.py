@@ -139,7 +139,7 @@ def test_chat_streams_over_grpc(channel):
     )
     events = list(stub.ChatStream(request, timeout=60))
     kinds = [event.WhichOneof("event") for event in events]
-    assert kinds[-1] == "finished" and set(kinds[:-1]) == {"tokens"} and len(kinds) >= 3
+    assert (kinds[0], kinds[-1]) == ("prompt", "finished") and set(kinds[1:-1]) == {"tokens"} and len(kinds) >= 4
     assert "".join(event.tokens.text for event in events[:-1]) == "42"
     assert events[-1].finished.usage.completion_tokens == 3  # with the end of turn
 
@@ -150,10 +150,11 @@ def test_grpc_generates_from_token_ids_with_logprobs(channel):
         token_ids={"ids": [1, 2, 3]}, sampling={"temperature": 0.0, "max_tokens": 5, "logprobs": 2, "ignore_eos": True}
     )
     answer = stub.Generate(request, timeout=60)
-    assert len(answer.token_ids) == 5 == len(answer.logprobs) and answer.usage.prompt_tokens == 3
+    (choice,) = answer.choices
+    assert len(choice.token_ids) == 5 == len(choice.logprobs) and answer.usage.prompt_tokens == 3
     logits_V = reference_logits(TINY, [1, 2, 3])[-1]
-    assert answer.token_ids[0] == int(logits_V.argmax())
-    assert abs(answer.logprobs[0].logprob - float(logits_V.log_softmax(-1).max())) < 1e-4
+    assert choice.token_ids[0] == int(logits_V.argmax())
+    assert abs(choice.logprobs[0].logprob - float(logits_V.log_softmax(-1).max())) < 1e-4
 
 
 def test_reflection_lists_both_services(channel):
@@ -167,6 +168,7 @@ def test_reflection_lists_both_services(channel):
         "Chat",
         "ChatStream",
         "Tokenize",
+        "Detokenize",
     }
 
 
@@ -197,7 +199,7 @@ BAD_COMPLETIONS = [
     ({"temperature": -1}, 400, "temperature"),
     ({"temprature": 1}, 400, "temprature"),
     ({"max_tokens": -1}, 400, "max_tokens"),
-    ({"n": 3}, 400, "n"),
+    ({"n": 17}, 400, "n"),
 ]
 
 

@@ -59,7 +59,7 @@ def grpc_tokens(address: str, prompt: list[int], count: int) -> list[int]:
         request = inference_pb2.GenerateRequest(
             token_ids={"ids": prompt}, sampling={"max_tokens": count, "temperature": 0.0, "ignore_eos": True}
         )
-        return list(inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, timeout=60).token_ids)
+        return list(inference_pb2_grpc.InferenceServiceStub(channel).Generate(request, timeout=60).choices[0].token_ids)
 
 
 def actors(address: str) -> dict[str, control_pb2.ActorInfo]:

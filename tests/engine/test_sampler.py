@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -60,6 +63,58 @@ def test_filters_keep_only_what_they_should(top_k, top_p, min_p, position):
     assert rank < top_k
     assert rank == 0 or sum(probs[other].item() for other in order[:rank]) < top_p
     assert rank == 0 or probs[token] >= min_p * probs.max()
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 6.0])
+@pytest.mark.parametrize(
+    "params",
+    [{"top_p": 0.9}, {"top_p": 0.3, "min_p": 0.01}, {"top_k": 400}, {"top_k": 20}, {"min_p": 0.02}, {"min_p": 1e-9}],
+)
+def test_filters_on_a_large_vocabulary(scale, params):
+    """Flat distributions, which the most likely tokens alone do not decide, as well as steep ones."""
+    vocabulary, draws = 2000, 600
+    logits_V = torch.randn(vocabulary, generator=torch.Generator().manual_seed(4)) * scale
+    probs_V, order_V = torch.softmax(logits_V.double(), dim=-1).sort(descending=True)
+    kept_V = torch.arange(vocabulary) < params.get("top_k", vocabulary)
+    kept_V &= probs_V.cumsum(-1) - probs_V < params.get("top_p", 1.0)
+    kept_V &= probs_V >= params.get("min_p", 0.0) * probs_V[0]
+    tokens = sample(logits_V.expand(draws, -1), [row(n, temperature=1.0, **params) for n in range(draws)])
+    places_V = order_V.argsort()
+    places = [int(places_V[token]) for token in tokens]
+    assert all(kept_V[place] for place in places)
+    cdf_V = (probs_V * kept_V).cumsum(-1)
+    levels = (cdf_V[places] - probs_V[places] / 2) / cdf_V[-1]
+    # Where in the distribution the tokens lie: a uniform number's mean, but for what its most likely tokens span.
+    assert abs(levels.mean() - 0.5) < 0.05
+    spread = (levels - 0.5).square().mean()
+    assert abs(spread - (1 - ((probs_V * kept_V / cdf_V[-1]) ** 3).sum()) / 12) < 0.012
+
+
+def test_temperatures_next_to_zero_and_banned_tokens_are_safe():
+    logits_NV = torch.tensor([[1.0, 300.0, float("-inf"), 299.0]]).expand(3, -1)
+    rows = [row(n, temperature=temperature) for n, temperature in enumerate((1e-300, 1e-30, 1e-4))]
+    assert sample(logits_NV, rows) == [1, 1, 1]
+
+
+def mask(*allowed: int, vocabulary: int = 40) -> torch.Tensor:
+    words = [0] * -(-vocabulary // 32)
+    for token in allowed:
+        words[token // 32] |= 1 << token % 32
+    return torch.tensor([word - 2**32 if word >= 2**31 else word for word in words], dtype=torch.int32)
+
+
+def test_masks_hold_for_their_rows_only():
+    logits_NV = torch.arange(40.0).expand(4, -1)
+    free, greedy, drawn, narrow = row(0), row(1, temperature=0.0), row(2, temperature=5.0), row(3, forbidden=(31, 39))
+    rows = [
+        replace(free, params=SamplingParams(temperature=0.0)),
+        replace(greedy, mask_W=mask(3, 31, 33)),
+        replace(drawn, mask_W=mask(7)),
+        replace(narrow, mask_W=mask(31, 2)),
+    ]
+    assert sample(logits_NV, rows) == [39, 33, 7, 2]
+    # Forbidden until min_tokens, but nothing else would fit the grammar.
+    assert sample(logits_NV[:1], [replace(narrow, mask_W=mask(31))]) == [31]
 
 
 def test_forbidden_tokens_never_come():

@@ -12,6 +12,7 @@ import openai
 import pytest
 import uvicorn
 
+from actors.api_keys import NO_KEYS, ApiKeys
 from actors.gateway_core import GatewayCore
 from actors.grpc_api import ControlServicer, InferenceServicer
 from actors.http_api import build_http_app
@@ -54,8 +55,11 @@ def bare_core(engine: FakeEngine, tokenizer: Tokenizer) -> GatewayCore:
     return GatewayCore(engine, None, ModelInfo(MODEL, MAX_CONTEXT, VOCAB_SIZE, tokenizer.eos_token_ids))
 
 
-async def serve_http(core: GatewayCore) -> AsyncIterator[str]:
-    server = uvicorn.Server(uvicorn.Config(build_http_app(core), port=0, log_level="warning", lifespan="off"))
+async def serve_http(
+    core: GatewayCore, keys: ApiKeys = NO_KEYS, max_body_bytes: int = 16 * 2**20
+) -> AsyncIterator[str]:
+    app = build_http_app(core, keys, max_body_bytes)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", lifespan="off"))
     server.install_signal_handlers = lambda: None
     task = asyncio.create_task(server.serve())
     while not server.started:
@@ -100,14 +104,19 @@ async def client(url: str) -> AsyncIterator[openai.AsyncOpenAI]:
 
 
 class Servicer(InferenceServicer, ControlServicer):
-    def __init__(self, core: GatewayCore) -> None:
+    def __init__(self, core: GatewayCore, keys: ApiKeys, max_message_bytes: int) -> None:
         self.core = core
+        self.keys = keys
+        self.max_message_bytes = max_message_bytes
 
 
-async def serve_grpc(core: GatewayCore) -> AsyncIterator[grpc.aio.Channel]:
+async def serve_grpc(
+    core: GatewayCore, keys: ApiKeys = NO_KEYS, max_message_bytes: int = 16 * 2**20
+) -> AsyncIterator[grpc.aio.Channel]:
     server = grpc.aio.server()
-    add_InferenceServiceServicer_to_server(Servicer(core), server)
-    add_ControlServiceServicer_to_server(Servicer(core), server)
+    servicer = Servicer(core, keys, max_message_bytes)
+    add_InferenceServiceServicer_to_server(servicer, server)
+    add_ControlServiceServicer_to_server(servicer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:

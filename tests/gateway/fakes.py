@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from actors.status import ActorStatus, ClusterStatus
 from engine.request import (
     EngineLoad,
+    ErrorCode,
     FinishReason,
     Request,
     RequestError,
@@ -26,8 +29,10 @@ MAX_CONTEXT = 64
 MODEL = "tiny"
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>")
 CHAT_TEMPLATE = (
-    "<|begin_of_text|>{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>{{ m.content }}<|eot|>"
-    "{% endfor %}{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>{% endif %}"
+    "<|begin_of_text|>{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
+    "{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}<|eot|>{% endfor %}"
+    "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>{% endif %}"
 )
 
 
@@ -67,6 +72,8 @@ class FakeEngine:
         self.rejection: RequestRejected | None = None
         self.fail_after: int | None = None  # tokens
         self.failure: RequestError | Exception | None = None
+        self.cached_tokens = 0
+        self.draining = False
         self.requests: list[Request] = []
         self.closed_early: list[str] = []
         self.running: dict[str, asyncio.Event] = {}
@@ -74,7 +81,16 @@ class FakeEngine:
             ready=True,
             epoch=3,
             actors=(ActorStatus("attention-0", "attention", 0, pid=7, state="serving", device="cpu"),),
-            engines={"attention-0": EngineLoad(running=1, kv_pages_used={"full": 2}, kv_pages_total={"full": 9})},
+            engines={
+                "attention-0": EngineLoad(
+                    running=1,
+                    kv_pages_used={"full": 2},
+                    kv_pages_total={"full": 8},
+                    kv_pages_cached={"full": 4},
+                    cached_prompt_tokens=11,
+                    preemptions=12,
+                )
+            },
             expert_tokens={1: (5, 6)},
             placement={1: ((0,), (0, 1))},
         )
@@ -83,6 +99,8 @@ class FakeEngine:
         self.requests.append(request)
         if self.rejection is not None:
             raise self.rejection
+        if self.draining:
+            raise RequestRejected("the server is draining", code=ErrorCode.UNAVAILABLE)
         aborted = self.running[request.request_id] = asyncio.Event()
         finished = False
         try:
@@ -106,6 +124,10 @@ class FakeEngine:
         stops = {*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)}
         done = 0
         while True:
+            if request.deadline is not None and time.time() >= request.deadline:
+                late = RequestError(ErrorCode.DEADLINE_EXCEEDED, "the request's deadline has passed")
+                yield RequestOutput(rid, finish_reason=FinishReason.ERROR, error=late)
+                return
             if self.failure is not None and done >= (self.fail_after or 0):
                 if isinstance(self.failure, Exception):
                     raise self.failure
@@ -127,6 +149,7 @@ class FakeEngine:
                 prompt_logprobs=prompt,
                 finish_reason=reason if stop is None else FinishReason.STOP,
                 stop_token_id=None if stop is None else ids[-1],
+                cached_tokens=0 if done > len(ids) else self.cached_tokens,
             )
             if reason is not None or stop is not None:
                 return
@@ -138,6 +161,11 @@ class FakeEngine:
         for event in found:
             event.set()
         return len(found)
+
+    async def drain(self) -> int:
+        self.draining = True
+        self.cluster = replace(self.cluster, ready=False, reason="draining")
+        return len(self.running)
 
     async def status(self) -> ClusterStatus:
         return self.cluster

@@ -23,12 +23,13 @@ from tests.gateway.fakes import MAX_CONTEXT, MODEL, VOCAB_SIZE, FakeEngine, logp
 async def test_generate(inference: InferenceServiceStub, engine: FakeEngine, tokenizer: Tokenizer) -> None:
     sampling = SamplingParams(logprobs=1, prompt_logprobs=0, temperature=0.0, seed=5)
     answer = await inference.Generate(pb.GenerateRequest(model=MODEL, text="Hi", sampling=sampling, request_id="me"))
-    assert (answer.request_id, answer.text) == ("me", "Hello wörld")
-    assert answer.finish_reason == types_pb2.FINISH_REASON_STOP
-    assert tuple(answer.token_ids) == engine.answer
+    (choice,) = answer.choices
+    assert (answer.request_id, choice.text) == ("me", "Hello wörld")
+    assert choice.finish_reason == types_pb2.FINISH_REASON_STOP
+    assert tuple(choice.token_ids) == engine.answer
     first = logprob(engine.answer[0], 1)
-    assert (answer.logprobs[0].token_id, answer.logprobs[0].logprob) == (first.token_id, first.logprob)
-    assert [(top.token_id, top.logprob) for top in answer.logprobs[0].top] == list(first.top)
+    assert (choice.logprobs[0].token_id, choice.logprobs[0].logprob) == (first.token_id, first.logprob)
+    assert [(top.token_id, top.logprob) for top in choice.logprobs[0].top] == list(first.top)
     assert [entry.token_id for entry in answer.prompt_logprobs] == tokenizer.encode("Hi")
     assert [entry.HasField("logprob") for entry in answer.prompt_logprobs] == [False, True, True]
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, len(engine.answer))
@@ -53,7 +54,7 @@ async def test_generate_stream(inference: InferenceServiceStub, engine: FakeEngi
 async def test_chat(inference: InferenceServiceStub, engine: FakeEngine, tokenizer: Tokenizer) -> None:
     messages = [pb.ChatMessage(role="user", content=[pb.ContentPart(text="H"), pb.ContentPart(text="i")])]
     answer = await inference.Chat(pb.ChatRequest(messages=messages, sampling=SamplingParams(stop=["wö"])))
-    assert (answer.request_id[:9], answer.text) == ("chatcmpl-", "Hello ")
+    assert (answer.request_id[:9], answer.choices[0].text) == ("chatcmpl-", "Hello ")
     prompt = tokenizer.encode_chat([{"role": "user", "content": "Hi"}])
     assert engine.requests[0].prompt_token_ids == tuple(prompt)
     stream = inference.ChatStream(pb.ChatStreamRequest(messages=messages))
@@ -165,7 +166,7 @@ async def test_not_admitted(inference: InferenceServiceStub, engine: FakeEngine)
 async def test_without_a_tokenizer(bare_channel: grpc.aio.Channel, engine: FakeEngine) -> None:
     inference = InferenceServiceStub(bare_channel)
     answer = await inference.Generate(pb.GenerateRequest(token_ids=TokenIds(ids=[1, 2])))
-    assert (answer.text, tuple(answer.token_ids)) == ("", engine.answer)
+    assert (answer.choices[0].text, tuple(answer.choices[0].token_ids)) == ("", engine.answer)
     events = [e async for e in inference.GenerateStream(pb.GenerateStreamRequest(token_ids=TokenIds(ids=[1])))]
     assert [i for event in events for i in event.tokens.token_ids] == list(engine.answer)
     message = pb.ChatMessage(role="user", content=[pb.ContentPart(text="Hi")])
@@ -191,4 +192,4 @@ def test_every_rpc_is_there_as_serve_calls_it() -> None:
             assert list(inspect.signature(function).parameters) == ["self", "request", "grpc_context"]
             assert inspect.isasyncgenfunction(function) == method.server_streaming
             names.append(method.name)
-    assert len(set(names)) == len(names) == 10
+    assert len(set(names)) == len(names) == 12

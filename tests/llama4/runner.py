@@ -47,6 +47,7 @@ class Runner:
         seed: int = 0,
         router_scores: RouterScores = "sigmoid",
         drop_old_pages: bool = True,
+        shuffle_pages: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = TextConfig.from_dir(path, router_scores)
@@ -63,9 +64,12 @@ class Runner:
         total = sum(per_request) + 1
         self.kv = KVPages(self.config, page_size, {"full": total, "chunked": total}, dtype, "cpu")
         self.pages = []
-        shuffled = {kind: random.Random(f"{seed}{kind}").sample(range(total), total) for kind in ("full", "chunked")}
+        free = {kind: list(range(total - 1, -1, -1)) for kind in ("full", "chunked")}
+        if shuffle_pages:
+            for kind, ids in free.items():
+                random.Random(f"{seed}{kind}").shuffle(ids)
         for count in per_request:
-            self.pages.append({kind: [ids.pop() for _ in range(count)] for kind, ids in shuffled.items()})
+            self.pages.append({kind: [ids.pop() for _ in range(count)] for kind, ids in free.items()})
 
     def _pages(self, request: int, length: int) -> Mapping[str, Sequence[int | None]]:
         """As the engine would hand them out: no more pages than needed, and none that no row can attend to any more."""

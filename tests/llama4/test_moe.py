@@ -34,7 +34,7 @@ def test_softmax_weights_the_output(top_k: int) -> None:
     for x_D, got_D in zip(x_TD, moe(x_TD, HereDispatcher(experts)), strict=True):
         p_E = torch.softmax(moe.router @ x_D, dim=0)
         chosen = sorted(range(4), key=lambda e: -p_E[e])[:top_k]
-        want_D = moe.shared_expert(x_D) + sum(p_E[e] * expert(experts, e, x_D) for e in chosen)
+        want_D = moe.shared_expert(x_D[None])[0] + sum(p_E[e] * expert(experts, e, x_D) for e in chosen)
         torch.testing.assert_close(got_D, want_D)
 
 
@@ -44,7 +44,7 @@ def test_sigmoid_scales_the_input(top_k: int) -> None:
     for x_D, got_D in zip(x_TD, moe(x_TD, HereDispatcher(experts)), strict=True):
         logits_E = moe.router @ x_D
         chosen = sorted(range(4), key=lambda e: -logits_E[e])[:top_k]
-        want_D = moe.shared_expert(x_D) + sum(expert(experts, e, x_D * logits_E[e].sigmoid()) for e in chosen)
+        want_D = moe.shared_expert(x_D[None])[0] + sum(expert(experts, e, x_D * logits_E[e].sigmoid()) for e in chosen)
         torch.testing.assert_close(got_D, want_D)
 
 

@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17herder/v1/control.proto\x12\therder.v1\"\x16\n\x14GetServerInfoRequest\"|\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12$\n\x06\x61\x63tors\x18\x05 \x03(\x0b\x32\x14.herder.v1.ActorInfo\"\xc3\x01\n\tActorInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x04role\x18\x02 \x01(\x0e\x32\x14.herder.v1.ActorRole\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x0f\n\x07node_ip\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\r\n\x05state\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x14\n\x0cloaded_bytes\x18\t \x01(\x04\x12\x11\n\trss_bytes\x18\n \x01(\x04\"\x15\n\x13GetModelInfoRequest\"\x96\x01\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bmax_context\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x15\n\rhas_tokenizer\x18\x05 \x01(\x08\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\"\x10\n\x0eGetLoadRequest\"9\n\x0fGetLoadResponse\x12&\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x15.herder.v1.EngineLoad\"\xbe\x01\n\nEngineLoad\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x06 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x07 \x01(\x01\x12$\n\x08kv_pages\x18\x08 \x03(\x0b\x32\x12.herder.v1.KvPages\":\n\x07KvPages\x12\x12\n\nlayer_kind\x18\x01 \x01(\t\x12\x0c\n\x04used\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\"\x1b\n\x19GetExpertPlacementRequest\"T\n\x1aGetExpertPlacementResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x06layers\x18\x02 \x03(\x0b\x32\x17.herder.v1.LayerExperts\"J\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12+\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x1a.herder.v1.ExpertPlacement\"@\n\x0f\x45xpertPlacement\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\r\n\x05slots\x18\x02 \x03(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r*X\n\tActorRole\x12\x1a\n\x16\x41\x43TOR_ROLE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x43TOR_ROLE_ATTENTION\x10\x01\x12\x15\n\x11\x41\x43TOR_ROLE_EXPERT\x10\x02\x32\x96\x03\n\x0e\x43ontrolService\x12R\n\rGetServerInfo\x12\x1f.herder.v1.GetServerInfoRequest\x1a .herder.v1.GetServerInfoResponse\x12O\n\x0cGetModelInfo\x12\x1e.herder.v1.GetModelInfoRequest\x1a\x1f.herder.v1.GetModelInfoResponse\x12@\n\x07GetLoad\x12\x19.herder.v1.GetLoadRequest\x1a\x1a.herder.v1.GetLoadResponse\x12\x61\n\x12GetExpertPlacement\x12$.herder.v1.GetExpertPlacementRequest\x1a%.herder.v1.GetExpertPlacementResponse\x12:\n\x05\x41\x62ort\x12\x17.herder.v1.AbortRequest\x1a\x18.herder.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17herder/v1/control.proto\x12\therder.v1\"\x16\n\x14GetServerInfoRequest\"|\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\r\n\x05\x65poch\x18\x04 \x01(\x04\x12$\n\x06\x61\x63tors\x18\x05 \x03(\x0b\x32\x14.herder.v1.ActorInfo\"\xc3\x01\n\tActorInfo\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\"\n\x04role\x18\x02 \x01(\x0e\x32\x14.herder.v1.ActorRole\x12\r\n\x05index\x18\x03 \x01(\r\x12\x0f\n\x07node_id\x18\x04 \x01(\t\x12\x0f\n\x07node_ip\x18\x05 \x01(\t\x12\x0b\n\x03pid\x18\x06 \x01(\r\x12\r\n\x05state\x18\x07 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x08 \x01(\t\x12\x14\n\x0cloaded_bytes\x18\t \x01(\x04\x12\x11\n\trss_bytes\x18\n \x01(\x04\"\x15\n\x13GetModelInfoRequest\"\x96\x01\n\x14GetModelInfoResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bmax_context\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x15\n\reos_token_ids\x18\x04 \x03(\r\x12\x15\n\rhas_tokenizer\x18\x05 \x01(\x08\x12\x19\n\x11has_chat_template\x18\x06 \x01(\x08\"\x10\n\x0eGetLoadRequest\"9\n\x0fGetLoadResponse\x12&\n\x07\x65ngines\x18\x01 \x03(\x0b\x32\x15.herder.v1.EngineLoad\"\xf1\x01\n\nEngineLoad\x12\r\n\x05\x61\x63tor\x18\x01 \x01(\t\x12\x0f\n\x07waiting\x18\x02 \x01(\r\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\r\n\x05steps\x18\x04 \x01(\x04\x12\x15\n\rprompt_tokens\x18\x05 \x01(\x04\x12\x18\n\x10generated_tokens\x18\x06 \x01(\x04\x12\x19\n\x11tokens_per_second\x18\x07 \x01(\x01\x12$\n\x08kv_pages\x18\x08 \x03(\x0b\x32\x12.herder.v1.KvPages\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\t \x01(\x04\x12\x13\n\x0bpreemptions\x18\n \x01(\x04\"J\n\x07KvPages\x12\x12\n\nlayer_kind\x18\x01 \x01(\t\x12\x0c\n\x04used\x18\x02 \x01(\x04\x12\r\n\x05total\x18\x03 \x01(\x04\x12\x0e\n\x06\x63\x61\x63hed\x18\x04 \x01(\x04\"\x1b\n\x19GetExpertPlacementRequest\"T\n\x1aGetExpertPlacementResponse\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\'\n\x06layers\x18\x02 \x03(\x0b\x32\x17.herder.v1.LayerExperts\"J\n\x0cLayerExperts\x12\r\n\x05layer\x18\x01 \x01(\r\x12+\n\x07\x65xperts\x18\x02 \x03(\x0b\x32\x1a.herder.v1.ExpertPlacement\"@\n\x0f\x45xpertPlacement\x12\x0e\n\x06\x65xpert\x18\x01 \x01(\r\x12\r\n\x05slots\x18\x02 \x03(\r\x12\x0e\n\x06tokens\x18\x03 \x01(\x04\"#\n\x0c\x41\x62ortRequest\x12\x13\n\x0brequest_ids\x18\x01 \x03(\t\" \n\rAbortResponse\x12\x0f\n\x07\x61\x62orted\x18\x01 \x01(\r\"\x0e\n\x0c\x44rainRequest\"\"\n\rDrainResponse\x12\x11\n\tremaining\x18\x01 \x01(\r*X\n\tActorRole\x12\x1a\n\x16\x41\x43TOR_ROLE_UNSPECIFIED\x10\x00\x12\x18\n\x14\x41\x43TOR_ROLE_ATTENTION\x10\x01\x12\x15\n\x11\x41\x43TOR_ROLE_EXPERT\x10\x02\x32\xd2\x03\n\x0e\x43ontrolService\x12R\n\rGetServerInfo\x12\x1f.herder.v1.GetServerInfoRequest\x1a .herder.v1.GetServerInfoResponse\x12O\n\x0cGetModelInfo\x12\x1e.herder.v1.GetModelInfoRequest\x1a\x1f.herder.v1.GetModelInfoResponse\x12@\n\x07GetLoad\x12\x19.herder.v1.GetLoadRequest\x1a\x1a.herder.v1.GetLoadResponse\x12\x61\n\x12GetExpertPlacement\x12$.herder.v1.GetExpertPlacementRequest\x1a%.herder.v1.GetExpertPlacementResponse\x12:\n\x05\x41\x62ort\x12\x17.herder.v1.AbortRequest\x1a\x18.herder.v1.AbortResponse\x12:\n\x05\x44rain\x12\x17.herder.v1.DrainRequest\x1a\x18.herder.v1.DrainResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'herder.v1.control_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ACTORROLE']._serialized_start=1220
-  _globals['_ACTORROLE']._serialized_end=1308
+  _globals['_ACTORROLE']._serialized_start=1339
+  _globals['_ACTORROLE']._serialized_end=1427
   _globals['_GETSERVERINFOREQUEST']._serialized_start=38
   _globals['_GETSERVERINFOREQUEST']._serialized_end=60
   _globals['_GETSERVERINFORESPONSE']._serialized_start=62
@@ -48,21 +48,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETLOADRESPONSE']._serialized_start=580
   _globals['_GETLOADRESPONSE']._serialized_end=637
   _globals['_ENGINELOAD']._serialized_start=640
-  _globals['_ENGINELOAD']._serialized_end=830
-  _globals['_KVPAGES']._serialized_start=832
-  _globals['_KVPAGES']._serialized_end=890
-  _globals['_GETEXPERTPLACEMENTREQUEST']._serialized_start=892
-  _globals['_GETEXPERTPLACEMENTREQUEST']._serialized_end=919
-  _globals['_GETEXPERTPLACEMENTRESPONSE']._serialized_start=921
-  _globals['_GETEXPERTPLACEMENTRESPONSE']._serialized_end=1005
-  _globals['_LAYEREXPERTS']._serialized_start=1007
-  _globals['_LAYEREXPERTS']._serialized_end=1081
-  _globals['_EXPERTPLACEMENT']._serialized_start=1083
-  _globals['_EXPERTPLACEMENT']._serialized_end=1147
-  _globals['_ABORTREQUEST']._serialized_start=1149
-  _globals['_ABORTREQUEST']._serialized_end=1184
-  _globals['_ABORTRESPONSE']._serialized_start=1186
-  _globals['_ABORTRESPONSE']._serialized_end=1218
-  _globals['_CONTROLSERVICE']._serialized_start=1311
-  _globals['_CONTROLSERVICE']._serialized_end=1717
+  _globals['_ENGINELOAD']._serialized_end=881
+  _globals['_KVPAGES']._serialized_start=883
+  _globals['_KVPAGES']._serialized_end=957
+  _globals['_GETEXPERTPLACEMENTREQUEST']._serialized_start=959
+  _globals['_GETEXPERTPLACEMENTREQUEST']._serialized_end=986
+  _globals['_GETEXPERTPLACEMENTRESPONSE']._serialized_start=988
+  _globals['_GETEXPERTPLACEMENTRESPONSE']._serialized_end=1072
+  _globals['_LAYEREXPERTS']._serialized_start=1074
+  _globals['_LAYEREXPERTS']._serialized_end=1148
+  _globals['_EXPERTPLACEMENT']._serialized_start=1150
+  _globals['_EXPERTPLACEMENT']._serialized_end=1214
+  _globals['_ABORTREQUEST']._serialized_start=1216
+  _globals['_ABORTREQUEST']._serialized_end=1251
+  _globals['_ABORTRESPONSE']._serialized_start=1253
+  _globals['_ABORTRESPONSE']._serialized_end=1285
+  _globals['_DRAINREQUEST']._serialized_start=1287
+  _globals['_DRAINREQUEST']._serialized_end=1301
+  _globals['_DRAINRESPONSE']._serialized_start=1303
+  _globals['_DRAINRESPONSE']._serialized_end=1337
+  _globals['_CONTROLSERVICE']._serialized_start=1430
+  _globals['_CONTROLSERVICE']._serialized_end=1896
 # @@protoc_insertion_point(module_scope)

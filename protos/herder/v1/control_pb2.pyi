@@ -265,6 +265,8 @@ class EngineLoad(_message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: _builtins.int
     TOKENS_PER_SECOND_FIELD_NUMBER: _builtins.int
     KV_PAGES_FIELD_NUMBER: _builtins.int
+    CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
     actor: _builtins.str
     """Name of the actor."""
     waiting: _builtins.int
@@ -279,6 +281,10 @@ class EngineLoad(_message.Message):
     """Since the start."""
     tokens_per_second: _builtins.float
     """Prompt and generated tokens, over the last seconds."""
+    cached_prompt_tokens: _builtins.int
+    """Since the start: tokens of prompts that the prefix cache had. prompt_tokens does not count them."""
+    preemptions: _builtins.int
+    """Since the start: requests that gave their KV pages up for others, to be computed again."""
     @_builtins.property
     def kv_pages(self) -> _containers.RepeatedCompositeFieldContainer[Global___KvPages]: ...
     def __init__(
@@ -292,10 +298,12 @@ class EngineLoad(_message.Message):
         generated_tokens: _builtins.int = ...,
         tokens_per_second: _builtins.float = ...,
         kv_pages: _abc.Iterable[Global___KvPages] | None = ...,
+        cached_prompt_tokens: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "generated_tokens", b"generated_tokens", "kv_pages", b"kv_pages", "prompt_tokens", b"prompt_tokens", "running", b"running", "steps", b"steps", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actor", b"actor", "cached_prompt_tokens", b"cached_prompt_tokens", "generated_tokens", b"generated_tokens", "kv_pages", b"kv_pages", "preemptions", b"preemptions", "prompt_tokens", b"prompt_tokens", "running", b"running", "steps", b"steps", "tokens_per_second", b"tokens_per_second", "waiting", b"waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -310,20 +318,25 @@ class KvPages(_message.Message):
     LAYER_KIND_FIELD_NUMBER: _builtins.int
     USED_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
+    CACHED_FIELD_NUMBER: _builtins.int
     layer_kind: _builtins.str
     """"full" (attends to all before it) or "chunked"."""
     used: _builtins.int
+    """Held by requests."""
     total: _builtins.int
+    cached: _builtins.int
+    """Held by the prefix cache alone; they give way when there is need."""
     def __init__(
         self,
         *,
         layer_kind: _builtins.str = ...,
         used: _builtins.int = ...,
         total: _builtins.int = ...,
+        cached: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer_kind", b"layer_kind", "total", b"total", "used", b"used"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached", b"cached", "layer_kind", b"layer_kind", "total", b"total", "used", b"used"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -442,7 +455,9 @@ class AbortRequest(_message.Message):
     REQUEST_IDS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """As in request_id of a request or an answer, or `id` or X-Request-Id over HTTP. Unknown ones are no error."""
+        """As in request_id of a request or an answer, or `id` or X-Request-Id over HTTP: all of its answers are ended. One of
+        several is named request_id-index. Unknown ones are no error.
+        """
 
     def __init__(
         self,
@@ -478,3 +493,42 @@ class AbortResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AbortResponse: _TypeAlias = AbortResponse  # noqa: Y015
+
+@_typing.final
+class DrainRequest(_message.Message):
+    """Takes nothing."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainRequest: _TypeAlias = DrainRequest  # noqa: Y015
+
+@_typing.final
+class DrainResponse(_message.Message):
+    """How far draining is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REMAINING_FIELD_NUMBER: _builtins.int
+    remaining: _builtins.int
+    """Accepted requests that have not ended. 0: drained."""
+    def __init__(
+        self,
+        *,
+        remaining: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["remaining", b"remaining"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DrainResponse: _TypeAlias = DrainResponse  # noqa: Y015

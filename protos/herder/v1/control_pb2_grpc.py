@@ -61,6 +61,11 @@ class ControlServiceStub:
                 request_serializer=herder_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
                 response_deserializer=herder_dot_v1_dot_control__pb2.AbortResponse.FromString,
                 _registered_method=True)
+        self.Drain = channel.unary_unary(
+                '/herder.v1.ControlService/Drain',
+                request_serializer=herder_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+                response_deserializer=herder_dot_v1_dot_control__pb2.DrainResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer:
@@ -103,6 +108,14 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Drain(self, request, context):
+        """Stops admission for good: from then on the server is not ready, and new requests get UNAVAILABLE. What was accepted
+        goes on. Returns at once with how much that is; call it again to follow. Ending the server is the caller's business.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -130,6 +143,11 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     servicer.Abort,
                     request_deserializer=herder_dot_v1_dot_control__pb2.AbortRequest.FromString,
                     response_serializer=herder_dot_v1_dot_control__pb2.AbortResponse.SerializeToString,
+            ),
+            'Drain': grpc.unary_unary_rpc_method_handler(
+                    servicer.Drain,
+                    request_deserializer=herder_dot_v1_dot_control__pb2.DrainRequest.FromString,
+                    response_serializer=herder_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -269,6 +287,33 @@ class ControlService:
             '/herder.v1.ControlService/Abort',
             herder_dot_v1_dot_control__pb2.AbortRequest.SerializeToString,
             herder_dot_v1_dot_control__pb2.AbortResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Drain(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/herder.v1.ControlService/Drain',
+            herder_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
+            herder_dot_v1_dot_control__pb2.DrainResponse.FromString,
             options,
             channel_credentials,
             insecure,

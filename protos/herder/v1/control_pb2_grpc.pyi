@@ -45,6 +45,10 @@ class ControlServiceStub:
     """Which slots hold which expert, and how many tokens each expert has got."""
     Abort: _grpc.UnaryUnaryMultiCallable[_control_pb2.AbortRequest, _control_pb2.AbortResponse]
     """Ends running or waiting requests."""
+    Drain: _grpc.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]
+    """Stops admission for good: from then on the server is not ready, and new requests get UNAVAILABLE. What was accepted
+    goes on. Returns at once with how much that is; call it again to follow. Ending the server is the caller's business.
+    """
 
 @_typing.type_check_only
 class ControlServiceAsyncStub(ControlServiceStub):
@@ -63,6 +67,10 @@ class ControlServiceAsyncStub(ControlServiceStub):
     """Which slots hold which expert, and how many tokens each expert has got."""
     Abort: _aio.UnaryUnaryMultiCallable[_control_pb2.AbortRequest, _control_pb2.AbortResponse]  # type: ignore[assignment]
     """Ends running or waiting requests."""
+    Drain: _aio.UnaryUnaryMultiCallable[_control_pb2.DrainRequest, _control_pb2.DrainResponse]  # type: ignore[assignment]
+    """Stops admission for good: from then on the server is not ready, and new requests get UNAVAILABLE. What was accepted
+    goes on. Returns at once with how much that is; call it again to follow. Ending the server is the caller's business.
+    """
 
 class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
     """State of the server, its actors and its experts.
@@ -108,5 +116,15 @@ class ControlServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_control_pb2.AbortResponse, _abc.Awaitable[_control_pb2.AbortResponse]]:
         """Ends running or waiting requests."""
+
+    @_abc_1.abstractmethod
+    def Drain(
+        self,
+        request: _control_pb2.DrainRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_control_pb2.DrainResponse, _abc.Awaitable[_control_pb2.DrainResponse]]:
+        """Stops admission for good: from then on the server is not ready, and new requests get UNAVAILABLE. What was accepted
+        goes on. Returns at once with how much that is; call it again to follow. Ending the server is the caller's business.
+        """
 
 def add_ControlServiceServicer_to_server(servicer: ControlServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -29,10 +29,11 @@ class InferenceServiceStub:
     """Generation from a prompt or a conversation.
 
     Bad input ends a call with a status code (INVALID_ARGUMENT; NOT_FOUND for an unknown model; ALREADY_EXISTS for a request
-    id in use; RESOURCE_EXHAUSTED when the server is full; UNAVAILABLE when it is not ready) and a sentence that names the
-    field. So does any failure of a unary call. In a stream, a failure after the request was accepted comes as one last
-    ErrorEvent, and the call itself ends with OK.
-    A client that cancels a call, or goes away, aborts its request.
+    id in use; RESOURCE_EXHAUSTED when the server is full; UNAVAILABLE when it is not ready or drains; UNAUTHENTICATED without
+    a valid API key, where keys are set) and a sentence that names the field. So does any failure of a unary call. In a
+    stream, a failure after the request was accepted comes as one last ErrorEvent, and the call itself ends with OK.
+    A client that cancels a call, or goes away, aborts its request. API keys come as metadata `authorization: Bearer KEY`.
+    A server in standalone mode also sends google.rpc.BadRequest and google.rpc.RetryInfo in grpc-status-details-bin.
     """
 
     def __init__(self, channel):
@@ -66,16 +67,22 @@ class InferenceServiceStub:
                 request_serializer=herder_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
                 response_deserializer=herder_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
                 _registered_method=True)
+        self.Detokenize = channel.unary_unary(
+                '/herder.v1.InferenceService/Detokenize',
+                request_serializer=herder_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+                response_deserializer=herder_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServiceServicer:
     """Generation from a prompt or a conversation.
 
     Bad input ends a call with a status code (INVALID_ARGUMENT; NOT_FOUND for an unknown model; ALREADY_EXISTS for a request
-    id in use; RESOURCE_EXHAUSTED when the server is full; UNAVAILABLE when it is not ready) and a sentence that names the
-    field. So does any failure of a unary call. In a stream, a failure after the request was accepted comes as one last
-    ErrorEvent, and the call itself ends with OK.
-    A client that cancels a call, or goes away, aborts its request.
+    id in use; RESOURCE_EXHAUSTED when the server is full; UNAVAILABLE when it is not ready or drains; UNAUTHENTICATED without
+    a valid API key, where keys are set) and a sentence that names the field. So does any failure of a unary call. In a
+    stream, a failure after the request was accepted comes as one last ErrorEvent, and the call itself ends with OK.
+    A client that cancels a call, or goes away, aborts its request. API keys come as metadata `authorization: Bearer KEY`.
+    A server in standalone mode also sends google.rpc.BadRequest and google.rpc.RetryInfo in grpc-status-details-bin.
     """
 
     def Generate(self, request, context):
@@ -86,7 +93,8 @@ class InferenceServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GenerateStream(self, request, context):
-        """Continues a prompt, a message per step: one PromptEvent, TokensEvents, then one FinishedEvent or ErrorEvent.
+        """Continues a prompt, a message per step: one PromptEvent, TokensEvents, then for each answer one FinishedEvent; or one
+        last ErrorEvent.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -108,6 +116,13 @@ class InferenceServiceServicer:
 
     def Tokenize(self, request, context):
         """Turns text or a conversation into the token ids that the model would see.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Detokenize(self, request, context):
+        """Turns token ids into text, special tokens included.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -141,6 +156,11 @@ def add_InferenceServiceServicer_to_server(servicer, server):
                     request_deserializer=herder_dot_v1_dot_inference__pb2.TokenizeRequest.FromString,
                     response_serializer=herder_dot_v1_dot_inference__pb2.TokenizeResponse.SerializeToString,
             ),
+            'Detokenize': grpc.unary_unary_rpc_method_handler(
+                    servicer.Detokenize,
+                    request_deserializer=herder_dot_v1_dot_inference__pb2.DetokenizeRequest.FromString,
+                    response_serializer=herder_dot_v1_dot_inference__pb2.DetokenizeResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'herder.v1.InferenceService', rpc_method_handlers)
@@ -153,10 +173,11 @@ class InferenceService:
     """Generation from a prompt or a conversation.
 
     Bad input ends a call with a status code (INVALID_ARGUMENT; NOT_FOUND for an unknown model; ALREADY_EXISTS for a request
-    id in use; RESOURCE_EXHAUSTED when the server is full; UNAVAILABLE when it is not ready) and a sentence that names the
-    field. So does any failure of a unary call. In a stream, a failure after the request was accepted comes as one last
-    ErrorEvent, and the call itself ends with OK.
-    A client that cancels a call, or goes away, aborts its request.
+    id in use; RESOURCE_EXHAUSTED when the server is full; UNAVAILABLE when it is not ready or drains; UNAUTHENTICATED without
+    a valid API key, where keys are set) and a sentence that names the field. So does any failure of a unary call. In a
+    stream, a failure after the request was accepted comes as one last ErrorEvent, and the call itself ends with OK.
+    A client that cancels a call, or goes away, aborts its request. API keys come as metadata `authorization: Bearer KEY`.
+    A server in standalone mode also sends google.rpc.BadRequest and google.rpc.RetryInfo in grpc-status-details-bin.
     """
 
     @staticmethod
@@ -284,6 +305,33 @@ class InferenceService:
             '/herder.v1.InferenceService/Tokenize',
             herder_dot_v1_dot_inference__pb2.TokenizeRequest.SerializeToString,
             herder_dot_v1_dot_inference__pb2.TokenizeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Detokenize(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/herder.v1.InferenceService/Detokenize',
+            herder_dot_v1_dot_inference__pb2.DetokenizeRequest.SerializeToString,
+            herder_dot_v1_dot_inference__pb2.DetokenizeResponse.FromString,
             options,
             channel_credentials,
             insecure,

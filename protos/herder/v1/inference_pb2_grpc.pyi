@@ -30,10 +30,11 @@ class InferenceServiceStub:
     """Generation from a prompt or a conversation.
 
     Bad input ends a call with a status code (INVALID_ARGUMENT; NOT_FOUND for an unknown model; ALREADY_EXISTS for a request
-    id in use; RESOURCE_EXHAUSTED when the server is full; UNAVAILABLE when it is not ready) and a sentence that names the
-    field. So does any failure of a unary call. In a stream, a failure after the request was accepted comes as one last
-    ErrorEvent, and the call itself ends with OK.
-    A client that cancels a call, or goes away, aborts its request.
+    id in use; RESOURCE_EXHAUSTED when the server is full; UNAVAILABLE when it is not ready or drains; UNAUTHENTICATED without
+    a valid API key, where keys are set) and a sentence that names the field. So does any failure of a unary call. In a
+    stream, a failure after the request was accepted comes as one last ErrorEvent, and the call itself ends with OK.
+    A client that cancels a call, or goes away, aborts its request. API keys come as metadata `authorization: Bearer KEY`.
+    A server in standalone mode also sends google.rpc.BadRequest and google.rpc.RetryInfo in grpc-status-details-bin.
     """
 
     @_typing.overload
@@ -43,45 +44,55 @@ class InferenceServiceStub:
     Generate: _grpc.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]
     """Continues a prompt and answers when all is generated."""
     GenerateStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]
-    """Continues a prompt, a message per step: one PromptEvent, TokensEvents, then one FinishedEvent or ErrorEvent."""
+    """Continues a prompt, a message per step: one PromptEvent, TokensEvents, then for each answer one FinishedEvent; or one
+    last ErrorEvent.
+    """
     Chat: _grpc.UnaryUnaryMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]
     """Answers the last message of a conversation."""
     ChatStream: _grpc.UnaryStreamMultiCallable[_inference_pb2.ChatStreamRequest, _inference_pb2.ChatStreamResponse]
     """Answers the last message of a conversation, in events as GenerateStream does."""
     Tokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]
     """Turns text or a conversation into the token ids that the model would see."""
+    Detokenize: _grpc.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]
+    """Turns token ids into text, special tokens included."""
 
 @_typing.type_check_only
 class InferenceServiceAsyncStub(InferenceServiceStub):
     """Generation from a prompt or a conversation.
 
     Bad input ends a call with a status code (INVALID_ARGUMENT; NOT_FOUND for an unknown model; ALREADY_EXISTS for a request
-    id in use; RESOURCE_EXHAUSTED when the server is full; UNAVAILABLE when it is not ready) and a sentence that names the
-    field. So does any failure of a unary call. In a stream, a failure after the request was accepted comes as one last
-    ErrorEvent, and the call itself ends with OK.
-    A client that cancels a call, or goes away, aborts its request.
+    id in use; RESOURCE_EXHAUSTED when the server is full; UNAVAILABLE when it is not ready or drains; UNAUTHENTICATED without
+    a valid API key, where keys are set) and a sentence that names the field. So does any failure of a unary call. In a
+    stream, a failure after the request was accepted comes as one last ErrorEvent, and the call itself ends with OK.
+    A client that cancels a call, or goes away, aborts its request. API keys come as metadata `authorization: Bearer KEY`.
+    A server in standalone mode also sends google.rpc.BadRequest and google.rpc.RetryInfo in grpc-status-details-bin.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
     Generate: _aio.UnaryUnaryMultiCallable[_inference_pb2.GenerateRequest, _inference_pb2.GenerateResponse]  # type: ignore[assignment]
     """Continues a prompt and answers when all is generated."""
     GenerateStream: _aio.UnaryStreamMultiCallable[_inference_pb2.GenerateStreamRequest, _inference_pb2.GenerateStreamResponse]  # type: ignore[assignment]
-    """Continues a prompt, a message per step: one PromptEvent, TokensEvents, then one FinishedEvent or ErrorEvent."""
+    """Continues a prompt, a message per step: one PromptEvent, TokensEvents, then for each answer one FinishedEvent; or one
+    last ErrorEvent.
+    """
     Chat: _aio.UnaryUnaryMultiCallable[_inference_pb2.ChatRequest, _inference_pb2.ChatResponse]  # type: ignore[assignment]
     """Answers the last message of a conversation."""
     ChatStream: _aio.UnaryStreamMultiCallable[_inference_pb2.ChatStreamRequest, _inference_pb2.ChatStreamResponse]  # type: ignore[assignment]
     """Answers the last message of a conversation, in events as GenerateStream does."""
     Tokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.TokenizeRequest, _inference_pb2.TokenizeResponse]  # type: ignore[assignment]
     """Turns text or a conversation into the token ids that the model would see."""
+    Detokenize: _aio.UnaryUnaryMultiCallable[_inference_pb2.DetokenizeRequest, _inference_pb2.DetokenizeResponse]  # type: ignore[assignment]
+    """Turns token ids into text, special tokens included."""
 
 class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
     """Generation from a prompt or a conversation.
 
     Bad input ends a call with a status code (INVALID_ARGUMENT; NOT_FOUND for an unknown model; ALREADY_EXISTS for a request
-    id in use; RESOURCE_EXHAUSTED when the server is full; UNAVAILABLE when it is not ready) and a sentence that names the
-    field. So does any failure of a unary call. In a stream, a failure after the request was accepted comes as one last
-    ErrorEvent, and the call itself ends with OK.
-    A client that cancels a call, or goes away, aborts its request.
+    id in use; RESOURCE_EXHAUSTED when the server is full; UNAVAILABLE when it is not ready or drains; UNAUTHENTICATED without
+    a valid API key, where keys are set) and a sentence that names the field. So does any failure of a unary call. In a
+    stream, a failure after the request was accepted comes as one last ErrorEvent, and the call itself ends with OK.
+    A client that cancels a call, or goes away, aborts its request. API keys come as metadata `authorization: Bearer KEY`.
+    A server in standalone mode also sends google.rpc.BadRequest and google.rpc.RetryInfo in grpc-status-details-bin.
     """
 
     @_abc_1.abstractmethod
@@ -98,7 +109,9 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _inference_pb2.GenerateStreamRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_inference_pb2.GenerateStreamResponse], _abc.AsyncIterator[_inference_pb2.GenerateStreamResponse]]:
-        """Continues a prompt, a message per step: one PromptEvent, TokensEvents, then one FinishedEvent or ErrorEvent."""
+        """Continues a prompt, a message per step: one PromptEvent, TokensEvents, then for each answer one FinishedEvent; or one
+        last ErrorEvent.
+        """
 
     @_abc_1.abstractmethod
     def Chat(
@@ -123,5 +136,13 @@ class InferenceServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_inference_pb2.TokenizeResponse, _abc.Awaitable[_inference_pb2.TokenizeResponse]]:
         """Turns text or a conversation into the token ids that the model would see."""
+
+    @_abc_1.abstractmethod
+    def Detokenize(
+        self,
+        request: _inference_pb2.DetokenizeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_inference_pb2.DetokenizeResponse, _abc.Awaitable[_inference_pb2.DetokenizeResponse]]:
+        """Turns token ids into text, special tokens included."""
 
 def add_InferenceServiceServicer_to_server(servicer: InferenceServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

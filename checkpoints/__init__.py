@@ -1,0 +1,1 @@
+"""The bundled tiny checkpoint and the script that trains it."""

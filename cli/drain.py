@@ -1,0 +1,70 @@
+"""`herder drain`: take no more requests, finish those that run, end."""
+
+from __future__ import annotations
+
+import time
+from typing import Annotated
+
+import grpc
+import typer
+
+from cli import endpoint
+from cli.report import CliError, err, verb
+from cli.runfile import find_run
+from cli.stop import end
+from herder.v1 import control_pb2 as pb
+
+_ASK_EVERY_S = 0.2
+
+
+@verb
+def drain(
+    url: Annotated[
+        str | None,
+        typer.Option(help="The server's gRPC address, if it is not this user's own: it is drained, but not ended."),
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds for what runs to finish.")] = 60.0,
+    http_port: Annotated[int | None, typer.Option(help="Which of this user's deployments, where several run.")] = None,
+) -> None:
+    """Take no more requests, wait for those that run, and end the deployment.
+
+    It is not ready from the first moment on, and new requests are refused as retryable. What runs beyond --timeout is
+    cut off. With --url, whoever started the deployment has to end it: exit code 1 says that it is not drained yet.
+
+    Examples:
+
+        herder drain
+
+        herder drain --timeout 300 --http-port 8100
+
+        herder drain --url 10.0.0.7:9000
+    """
+    run = find_run(http_port) if url is None else None
+    remaining = finish(endpoint.grpc_server(url, http_port), timeout)
+    console = err()
+    if remaining:
+        message = f"{remaining} requests have not ended within {timeout:g} s"
+        if run is None:
+            raise CliError(message)
+        console.print(f"{message}; they are cut off")
+    if run is None:
+        console.print(f"{url} is drained")
+    else:
+        end(run, timeout=60.0, at_once=remaining > 0)
+
+
+def finish(server: endpoint.Server, timeout: float) -> int:
+    """Drains; returns how many requests are left once none is, or the time is over."""
+    console = err()
+    deadline = time.monotonic() + timeout
+    channel, stub = endpoint.control(server)
+    with channel, console.status("draining") as shown:
+        while True:
+            try:
+                answer = stub.Drain(pb.DrainRequest(), timeout=endpoint.LOOK_TIMEOUT_S, metadata=server.metadata)
+            except grpc.RpcError as error:
+                raise endpoint.grpc_fault(server.where, error) from None
+            if answer.remaining == 0 or time.monotonic() >= deadline:
+                return answer.remaining
+            shown.update(f"draining: {answer.remaining} requests run")
+            time.sleep(_ASK_EVERY_S)
