@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -24,16 +24,39 @@ LISTING_SHARE = 0.45
 MULTI_TURN_SHARE = 0.06
 SYSTEM_SHARE = 0.04
 LISTING_LENGTHS = (4, 6)
-# How often each task is drawn, relative to the others: the slow ones more often.
-TASK_WEIGHTS = {
-    "addition": 2.0,
-    "subtraction": 2.5,
-    "copy": 1.0,
-    "reverse": 1.2,
-    "recall": 2.0,
-    "letters": 2.0,
-    "weekday": 1.8,
-}
+# From which step on, how often each task is drawn relative to the others. Recall is learned last: it has to find a key
+# by content, where the other tasks go by place.
+TASK_WEIGHTS = (
+    (
+        0,
+        {
+            "addition": 2.0,
+            "subtraction": 2.5,
+            "copy": 1.0,
+            "reverse": 1.2,
+            "recall": 2.0,
+            "letters": 2.0,
+            "weekday": 1.8,
+        },
+    ),
+    (
+        1750,
+        {
+            "addition": 1.8,
+            "subtraction": 2.0,
+            "copy": 0.8,
+            "reverse": 1.2,
+            "recall": 5.0,
+            "letters": 0.8,
+            "weekday": 2.0,
+        },
+    ),
+)
+
+
+def weights_at(step: int) -> dict[str, float]:
+    """The tasks' weights in a training step."""
+    return [weights for first, weights in TASK_WEIGHTS if first <= step][-1]
 
 
 @dataclass
@@ -101,16 +124,16 @@ class Encoder:
         sample.add([self.end], answered=True)
         return sample
 
-    def training_samples(self, rng: random.Random, count: int) -> list[Sample]:
-        """Samples in the proportions set at the top of this module."""
+    def training_samples(self, rng: random.Random, count: int, weights: Mapping[str, float]) -> list[Sample]:
+        """Samples of tasks drawn by weight, their forms in the proportions set at the top of this module."""
         samples = []
         for _ in range(count):
             kind = rng.random()
             if kind < PLAIN_SHARE:
-                samples.append(self.completion(training_examples(rng, 1, TASK_WEIGHTS)[0]))
+                samples.append(self.completion(training_examples(rng, 1, weights)[0]))
                 continue
             if kind < PLAIN_SHARE + LISTING_SHARE:
-                samples.append(self.listing(training_examples(rng, rng.randint(*LISTING_LENGTHS), TASK_WEIGHTS)))
+                samples.append(self.listing(training_examples(rng, rng.randint(*LISTING_LENGTHS), weights)))
                 continue
             turns = rng.choice((2, 3)) if rng.random() < MULTI_TURN_SHARE else 1
             system = None
@@ -118,7 +141,7 @@ class Encoder:
                 # Instructions of any length move the question along the attention chunks.
                 fixed = rng.random() < 0.6
                 system = rng.choice(SYSTEM_PROMPTS) if fixed else " ".join(rng.choices(WORDS, k=rng.randint(1, 10)))
-            samples.append(self.conversation(training_examples(rng, turns, TASK_WEIGHTS), system))
+            samples.append(self.conversation(training_examples(rng, turns, weights), system))
         return samples
 
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from transformers import Llama4Config, Llama4ForCausalLM, PreTrainedTokenizerFast
 
 from checkpoints.tasks import evaluation_set
-from checkpoints.tiny_batches import IGNORED, Batch, Encoder, micro_batches
+from checkpoints.tiny_batches import IGNORED, Batch, Encoder, micro_batches, weights_at
 from checkpoints.tiny_eval import accuracy
 from checkpoints.tiny_model import balance_loss, grouped_experts
 
@@ -30,7 +30,7 @@ PROGRESS_PER_TASK = 20
 class Recipe:
     """Optimisation settings. The defaults are those of the bundled checkpoint."""
 
-    steps: int = 3600
+    steps: int = 3300
     batch_size: int = 64
     learning_rate: float = 2e-3
     seed: int = 4
@@ -127,7 +127,7 @@ def _work(
             group["lr"] = recipe.rate_at(step)
         # A stream of its own for every step and worker makes a continued run equal to an uninterrupted one.
         rng = random.Random(f"{recipe.seed}/{step}/{rank}")
-        samples = encoder.training_samples(rng, recipe.batch_size // workers)
+        samples = encoder.training_samples(rng, recipe.batch_size // workers, weights_at(step))
         answer, balance = backward(
             model, micro_batches(samples, recipe.length_quantiles, encoder.pad), recipe.balance_weight
         )

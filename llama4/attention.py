@@ -15,7 +15,6 @@ from torch import Tensor
 from llama4.config import TextConfig
 from llama4.kv_pages import KVPages
 from llama4.linear import linear
-from llama4.memory import zeros
 from llama4.norm import inverse_rms
 from llama4.plan import DecodeGroup, KindPlan, PrefillRun, StepPlan
 from llama4.rope import rotate_
@@ -40,8 +39,8 @@ class Attention:
             "k_proj": slice(query_rows, query_rows + kv_rows),
             "v_proj": slice(query_rows + kv_rows, rows),
         }
-        self.qkv_weight = zeros((rows, config.hidden_size), dtype, device)
-        self.out_weight = zeros((config.hidden_size, query_rows), dtype, device)
+        self.qkv_weight = torch.empty((rows, config.hidden_size), dtype=dtype, device=device)
+        self.out_weight = torch.empty((config.hidden_size, query_rows), dtype=dtype, device=device)
         self.qkv_bias: Tensor | None = None
         self.out_bias: Tensor | None = None
         if config.attention_bias:
@@ -96,12 +95,8 @@ class Attention:
     def _decode(self, q_BHE: Tensor, group: DecodeGroup, kv: KVPages) -> Tensor:
         """One query per sequence; the G query heads of a key/value head pose as G queries, so keys are read once."""
         q_BKGE = q_BHE.view(group.rows, self._kv_heads, self._groups, self._head_dim)
-        if group.pages_N is None:
-            first, last = group.first_slot + group.keys.start, group.first_slot + group.keys.stop
-            kv_BL2KE = kv.read(self._layer, first, last - first)[None]
-        else:
-            kv_BP2KE = kv.gather(self._layer, group.pages_N)
-            kv_BL2KE = kv_BP2KE.view(group.rows, -1, *kv_BP2KE.shape[1:])[:, group.keys]
+        kv_BP2KE = kv.gather(self._layer, group.pages_N)
+        kv_BL2KE = kv_BP2KE.view(group.rows, -1, *kv_BP2KE.shape[1:])[:, group.keys]
         k_BKLE, v_BKLE = kv_BL2KE.permute(2, 0, 3, 1, 4)
         out_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKLE, v_BKLE, attn_mask=group.mask_B11L)
         return out_BKGE.flatten(1, 2)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from llama4.config import LayerKind, TextConfig
-from llama4.memory import zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +71,9 @@ class KVPages:
         self.page_size = page_size
         self._page_shape = (page_size, 2, config.num_key_value_heads, config.head_dim)
         # Zeros, not garbage: rows that were never written are gathered too, and a masked NaN is still a NaN.
-        self._pools = [zeros((pages[kind], *self._page_shape), dtype, device) for kind in config.layer_kinds]
+        self._pools = [
+            torch.zeros((pages[kind], *self._page_shape), dtype=dtype, device=device) for kind in config.layer_kinds
+        ]
         self._gathered = torch.empty((0, *self._page_shape), dtype=dtype, device=device)
 
     @property
@@ -83,10 +84,6 @@ class KVPages:
     def write(self, layer: int, slots_T: Tensor, kv_T2HD: Tensor) -> None:
         """Stores rows of keys and values; slot = page id * page_size + place in the page."""
         self._pools[layer].view(-1, *self._page_shape[1:]).index_copy_(0, slots_T, kv_T2HD)
-
-    def read(self, layer: int, first_slot: int, count: int) -> Tensor:
-        """The content of pages that follow each other [count, 2, Hkv, Dh], not copied."""
-        return self._pools[layer].view(-1, *self._page_shape[1:])[first_slot : first_slot + count]
 
     def gather(self, layer: int, page_ids_N: Tensor) -> Tensor:
         """The pages' content [N * page_size, 2, Hkv, Dh], valid until the next call."""

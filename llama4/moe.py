@@ -14,7 +14,6 @@ from torch import Tensor
 
 from llama4.config import TextConfig
 from llama4.linear import linear
-from llama4.memory import zeros
 
 Ticket: TypeAlias = Any  # what a dispatcher needs to combine later; opaque here
 
@@ -34,8 +33,8 @@ class MLP:
 
     def __init__(self, hidden: int, width: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self._width = width
-        self.gate_up = zeros((2 * width, hidden), dtype, device)
-        self.down = zeros((hidden, width), dtype, device)
+        self.gate_up = torch.empty((2 * width, hidden), dtype=dtype, device=device)
+        self.down = torch.empty((hidden, width), dtype=dtype, device=device)
 
     def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's names and where each tensor is kept."""
@@ -113,8 +112,8 @@ class Experts:
                 if not 0 <= expert < config.num_local_experts:
                     raise ValueError(f"layer {layer} has no expert {expert}: there are {config.num_local_experts}")
                 self._weights[layer, expert] = (
-                    zeros((2 * width, hidden), dtype, device),
-                    zeros((hidden, width), dtype, device),
+                    torch.empty((2 * width, hidden), dtype=dtype, device=device),
+                    torch.empty((hidden, width), dtype=dtype, device=device),
                 )
 
     @property

@@ -32,15 +32,13 @@ class DecodeGroup:
     """Rows that attend as one padded batch.
 
     `rows`: how many, B. `rows_B`: which rows of the step; None if they are all of them, in order. `pages_N`: B * P page
-    ids; None if there is one row and its pages follow each other in the pool, from slot `first_slot` on: then they are
-    read in place. `keys`: the part of the pages in which all rows' windows lie. `mask_B11L` is added to the scores of
-    these keys: 0 inside a row's window, else -inf; None if every window is all of them.
+    ids. `keys`: the part of the pages in which all rows' windows lie. `mask_B11L` is added to the scores of these keys:
+    0 inside a row's window, else -inf; None if every window is all of them.
     """
 
     rows: int
     rows_B: Tensor | None
-    pages_N: Tensor | None
-    first_slot: int
+    pages_N: Tensor
     keys: slice
     mask_B11L: Tensor | None
 
@@ -186,7 +184,6 @@ class _Planner:
         width = max(len(pages) for _, pages in members)
         # Padding repeats a page of the row's own: it is masked, and any page will do.
         page_ids = [page for _, pages in members for page in pages + pages[:1] * (width - len(pages))]
-        in_place = len(members) == 1 and page_ids == list(range(page_ids[0], page_ids[0] + width))
         lows, highs = [], []
         for segment, _ in members:
             start = self._config.window_start(self._kind, segment.position)
@@ -197,8 +194,7 @@ class _Planner:
             rows=len(members),
             # All segments are in this group, so all are single rows; members keep the segments' order.
             rows_B=None if len(members) == segments else self._indices([segment.start for segment, _ in members]),
-            pages_N=None if in_place else self._indices(page_ids),
-            first_slot=page_ids[0] * self._page_size,
+            pages_N=self._indices(page_ids),
             keys=slice(first, last + 1),
             mask_B11L=None if first == max(lows) and last == min(highs) else self._mask(lows, highs, first, last),
         )

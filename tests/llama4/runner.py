@@ -47,7 +47,6 @@ class Runner:
         seed: int = 0,
         router_scores: RouterScores = "sigmoid",
         drop_old_pages: bool = True,
-        shuffle_pages: bool = True,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.config = TextConfig.from_dir(path, router_scores)
@@ -65,9 +64,8 @@ class Runner:
         self.kv = KVPages(self.config, page_size, {"full": total, "chunked": total}, dtype, "cpu")
         self.pages = []
         free = {kind: list(range(total - 1, -1, -1)) for kind in ("full", "chunked")}
-        if shuffle_pages:
-            for kind, ids in free.items():
-                random.Random(f"{seed}{kind}").shuffle(ids)
+        for kind, ids in free.items():
+            random.Random(f"{seed}{kind}").shuffle(ids)
         for count in per_request:
             self.pages.append({kind: [ids.pop() for _ in range(count)] for kind, ids in free.items()})
 

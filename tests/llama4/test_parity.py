@@ -129,17 +129,6 @@ def test_small_blocks_and_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         check(got, reference_logits(tmp_path, request))
 
 
-@pytest.mark.parametrize("page_size", [1, 4])
-def test_pages_that_follow_each_other(page_size: int, tmp_path: Path) -> None:
-    """A sequence that decodes alone reads its keys in place, across chunk borders; beside others it gathers them."""
-    save_random(tmp_path, seed=6, attention_chunk_size=7, no_rope_layer_interval=2)
-    requests = [list(range(3, 40)), list(range(30, 5, -1))]
-    runner = Runner(tmp_path, requests, page_size=page_size, shuffle_pages=False)
-    steps = [[(0, 5)], *[[(0, 1)]] * 20, [(1, 9)], *[[(0, 1), (1, 1)]] * 12, *[[(1, 1)]] * 4]
-    for got, request in zip(runner.run(steps), requests, strict=True):
-        check(got, reference_logits(tmp_path, request))
-
-
 def test_null_chunk_size_attends_to_everything(tmp_path: Path) -> None:
     config = save_random(tmp_path, seed=3, attention_chunk_size=None)
     assert set(config.layer_kinds) == {"full"}

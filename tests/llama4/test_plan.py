@@ -30,7 +30,7 @@ def rows_of(group: DecodeGroup) -> list[int]:
 
 def test_one_long_sequence_does_not_make_the_short_ones_pay() -> None:
     steps = plan_for(*[(20 + i, 1) for i in range(31)], (20000, 1), stride=2).kinds["full"]
-    gathered = sum(len(group.pages_N) for group in steps.decode if group.pages_N is not None)
+    gathered = sum(len(group.pages_N) for group in steps.decode)
     assert gathered <= 31 * plan.SMALL_GROUP_PAGES + 20000 // PAGE + 1
     assert sorted(row for group in steps.decode for row in rows_of(group)) == list(range(32))
 
@@ -38,7 +38,6 @@ def test_one_long_sequence_does_not_make_the_short_ones_pay() -> None:
 def test_groups_waste_at_most_half() -> None:
     work = [(300 * i, 1) for i in range(1, 30)]
     for group in plan_for(*work, stride=2).kinds["full"].decode:
-        assert group.pages_N is not None
         width = len(group.pages_N) // group.rows
         for row in rows_of(group):
             assert width <= max(plan.SMALL_GROUP_PAGES, 2 * -(-(work[row][0] + 1) // PAGE))
@@ -48,7 +47,7 @@ def test_chunked_layers_gather_the_current_chunk_only() -> None:
     steps = plan_for((1040, 1), (1040, 30), (1060, 1), stride=2).kinds["chunked"]
     # The chunk starts at 1000, in a sequence's page 62; 1040 is in page 65 and 1060 in page 66.
     (group,) = steps.decode
-    assert group.pages_N is not None and group.mask_B11L is not None
+    assert group.mask_B11L is not None
     assert group.pages_N.tolist() == [124, 126, 128, 130, 124] + [2 * (66 + 67 + page) for page in range(62, 67)]
     assert group.keys == slice(1000 - 992, 1060 - 992 + 1)
     assert [(mask_L == 0).sum().item() for mask_L in group.mask_B11L[:, 0, 0]] == [41, 61]
@@ -57,14 +56,11 @@ def test_chunked_layers_gather_the_current_chunk_only() -> None:
     assert (run.history, run.offset, run.pages_P.tolist()) == (40, 8, [2 * (66 + page) for page in (62, 63, 64)])
 
 
-def test_one_row_whose_pages_follow_each_other_is_read_in_place() -> None:
+def test_what_all_rows_share_needs_no_mask_and_no_index() -> None:
     (group,) = plan_for((1040, 1)).kinds["chunked"].decode
-    assert group.pages_N is None and group.first_slot == 62 * PAGE and group.keys == slice(8, 49)
-    assert group.rows_B is None and group.mask_B11L is None
-    (group,) = plan_for((1040, 1), stride=2).kinds["chunked"].decode
-    assert group.pages_N is not None and group.mask_B11L is None
+    assert group.keys == slice(8, 49) and group.rows_B is None and group.mask_B11L is None
     (group,) = plan_for((40, 1), (44, 1)).kinds["full"].decode
-    assert group.pages_N is not None and group.rows_B is None and group.mask_B11L is not None
+    assert group.rows_B is None and group.mask_B11L is not None
 
 
 def test_runs_are_cut_at_chunk_borders_and_only_the_last_chunk_is_kept() -> None:
