@@ -92,11 +92,10 @@ def reverse(rng: random.Random) -> Example:
 
 
 def recall(rng: random.Random) -> Example:
-    """The value, a digit, that a list of pairs gives to a key; keys end in different letters."""
-    count = rng.randint(2, 4)
-    names = rng.sample(NAMES, count)
-    while len({name[-1] for name in names}) < count:
-        names = rng.sample(NAMES, count)
+    """The value, a digit, that a list of two pairs gives to a key; keys end in different letters."""
+    names = rng.sample(NAMES, 2)
+    while names[0][-1] == names[1][-1]:
+        names = rng.sample(NAMES, 2)
     values = [str(rng.randrange(10)) for _ in names]
     asked = rng.randrange(len(names))
     pairs = " ".join(f"{name}={value}" for name, value in zip(names, values, strict=True))
@@ -122,14 +121,8 @@ def weekday(rng: random.Random) -> Example:
     """The day of the week some days later. There are so few sums that wordings count as questions of their own."""
     day, shift = rng.randrange(7), rng.randint(1, 10)
     unit = "day" if shift == 1 else "days"
-    prompt = rng.choice(
-        (
-            f"{DAYS[day]} plus {shift} {unit}?",
-            f"{DAYS[day]} + {shift}?",
-            f"{shift} {unit} after {DAYS[day]}?",
-            f"What is {shift} {unit} after {DAYS[day]}?",
-        )
-    )
+    sum_of = f"{DAYS[day]} plus {shift} {unit}?"
+    prompt = rng.choice((sum_of, f"What is {sum_of}", f"What day is {sum_of}"))
     return Example("weekday", prompt, prompt, DAYS[(day + shift) % 7])
 
 

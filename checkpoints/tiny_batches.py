@@ -51,6 +51,18 @@ TASK_WEIGHTS = (
             "weekday": 2.0,
         },
     ),
+    (
+        2750,
+        {
+            "addition": 1.5,
+            "subtraction": 1.5,
+            "copy": 1.0,
+            "reverse": 1.2,
+            "recall": 2.5,
+            "letters": 0.8,
+            "weekday": 4.0,
+        },
+    ),
 )
 
 
