@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -49,7 +50,7 @@ class Deployment:
 
     def stop(self) -> None:
         """Ends engines and experts, then the gateways, then Ray itself if `launch` started it."""
-        _tear_down(self._controller)
+        _tear_down(self._controller, serving=True)
 
 
 def launch(config: DeploymentConfig, address: str | None = None, on_progress: Progress | None = None) -> Deployment:
@@ -64,13 +65,16 @@ def launch(config: DeploymentConfig, address: str | None = None, on_progress: Pr
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     connect(config, address)
     controller = Controller.options(name=NAME, lifetime="detached").remote(config)
+    serving = False
     try:
         started = controller.start.remote()
         _follow(controller, started, on_progress or _ignore)
         ray.get(started)
+        serving = True
         _serve(config)
     except BaseException:
-        _tear_down(controller)
+        with suppress(Exception):  # the first error is the one to tell
+            _tear_down(controller, serving)
         raise
     return Deployment(config, controller)
 
@@ -110,13 +114,13 @@ def _serve(config: DeploymentConfig) -> None:
     serve.run(app, name=APP_NAME, route_prefix="/")
 
 
-def _tear_down(controller: ActorHandle) -> None:
+def _tear_down(controller: ActorHandle, serving: bool) -> None:
     if not ray.is_initialized():
         return
     try:
         # Engines first: what runs ends with an error that says so, and then no stream holds up the gateways.
         ray.get(controller.stop.remote(), timeout=_STOP_TIMEOUT_S)
-        if APP_NAME in serve.status().applications:
+        if serving and APP_NAME in serve.status().applications:
             serve.delete(APP_NAME)
     finally:
         ray.kill(controller)

@@ -230,7 +230,8 @@ def test_bad_input_is_refused_by_name_and_a_running_stream_is_untouched(http, ch
         bad = inference_pb2.GenerateRequest(token_ids={"ids": [1, 10**6]})
         with pytest.raises(grpc.RpcError) as caught:
             stub.Generate(bad, timeout=60)
-        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "prompt has token id" in caught.value.details()
+        assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "prompt has token id" in caught.value.details()
     reader.join()
     assert disturbed == [undisturbed]
 
