@@ -140,9 +140,12 @@ def main(
     steps: Annotated[int, typer.Option(help="Decode steps that are timed.")] = 32,
     repeats: Annotated[int, typer.Option(help="Prefills that are timed.")] = 5,
     temperature: Annotated[float, typer.Option(help="Of decoding; 0 is greedy.")] = 0.0,
-    attention_threads: Annotated[int, typer.Option(help="torch threads of the distributed run.")] = 1,
+    attention_threads: Annotated[int, typer.Option(help="torch threads of the distributed run.")] = 2,
     expert_threads: Annotated[int, typer.Option(help="torch threads of the distributed run.")] = 2,
-    omp_wait: Annotated[str | None, typer.Option(help="OMP_WAIT_POLICY of the distributed run.")] = None,
+    omp_wait: Annotated[
+        str,
+        typer.Option(help="OMP_WAIT_POLICY of the distributed run; threads that spin take the other process's core."),
+    ] = "passive",
     json_file: JsonFile = None,
 ) -> None:
     """Measure the engine in one process and in two, and print how near to this machine's limits it comes."""
