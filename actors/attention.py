@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import random
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 import ray
 
-from actors.member import Epoch, Member
+from actors.member import Layout, Member, log
 from actors.model_info import ModelInfo
 from actors.outbox import Outbox
 from actors.status import ActorStatus
 from cluster.config import DeploymentConfig
-from dispatch.all_to_all import AllToAllDispatcher
-from dispatch.groups import EpochGroup
-from dispatch.lockstep import Lockstep
-from engine.engine import Engine
+from dispatch.collective import CollectiveGate, Epoch
+from dispatch.faults import Fault, Faults
+from dispatch.p2p import P2PDispatcher
+from dispatch.p2p_gate import P2PGate
+from dispatch.topology import Topology
+from engine.engine import Engine, StepGate
 from engine.grammar import Grammars
 from engine.pages import LayerGroup, LayerKind, PageAllocator
 from engine.request import EngineLoad, Request, RequestOutput, RequestRejected
@@ -27,23 +28,35 @@ from engine.step import Stepper
 from llama4.config import TextConfig
 from llama4.decoder import Decoder
 from llama4.kv_pages import KVPages
+from llama4.moe import Dispatcher
 from llama4.precision import choose_dtype
 from llama4.weights import Checkpoint, load_decoder
+
+_SILENT_GATEWAY_S = 10.0  # then its requests end: nobody would take their outputs
 
 
 @dataclass(frozen=True, slots=True)
 class AttentionReport:
-    """An attention actor's state, and its engine's load once it has joined."""
+    """An attention actor's state, its engine's load once that runs, and what it has been told of the cluster.
+
+    `view` is the newest topology or epoch that it was given, `layout` what the deployment was meant to be then.
+    `losses` counts connections to slots that it lost, `resent_rows` the rows that went to another holder for that.
+    """
 
     status: ActorStatus
+    incarnation: str
     load: EngineLoad | None
+    view: Topology | Epoch | None
+    layout: Layout | None
+    losses: int
+    resent_rows: int
 
 
 @ray.remote
 class AttentionActor:
-    def __init__(self, rank: int, config: DeploymentConfig) -> None:
+    def __init__(self, rank: int, incarnation: str, config: DeploymentConfig) -> None:
         self._config = config
-        self._member = Member("attention", rank, config.attention, config)
+        self._member = Member("attention", rank, incarnation, config.attention, config)
         self._dtype = choose_dtype(self._member.device, config.model.dtype)
         self._text_config = TextConfig.from_dir(config.model.path, router_scores=config.model.router_scores)
         max_context = config.model.max_context or self._text_config.max_position_embeddings
@@ -52,6 +65,12 @@ class AttentionActor:
         self._decoder: Decoder | None = None
         self._engine: Engine | None = None
         self._outbox: Outbox | None = None
+        self._p2p: P2PDispatcher | None = None
+        self._gate: P2PGate | CollectiveGate | None = None
+        self._view: Topology | Epoch | None = None
+        self._layout: Layout | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+        self._heard: dict[str, float] = {}  # gateway → when it last said that it lives
 
     async def load(self) -> None:
         """Reads everything but the routed experts; raises CheckpointError."""
@@ -66,18 +85,31 @@ class AttentionActor:
             on_progress=self._member.on_progress,
         )
 
-    async def join(self, epoch: Epoch) -> None:
-        """Forms the epoch's group with all members and starts the engine."""
+    async def start(self) -> None:
+        """Starts the engine; it computes once it has been given a topology or an epoch."""
         assert self._decoder is not None, "load comes first"
-        group = await self._member.form_group(epoch)
-        dispatcher = AllToAllDispatcher(group, epoch.expert_map)
+        member, config = self._member, self._config
         self._outbox = Outbox()
-        engine = self._engine = self._make_engine(self._decoder, dispatcher, Lockstep(group), self._outbox)
-        self._member.start(lambda: _run(engine, group))
+        if config.transport_kind == "p2p":
+            deadline_s = config.transport.deadline_s
+            self._p2p = P2PDispatcher(member.number, deadline_s, member.tell_slot_lost)
+            self._gate = gate = P2PGate(self._p2p, self._text_config.hidden_size, self._dtype)
+            self._engine = self._make_engine(self._decoder, self._p2p, gate, self._outbox)
+        else:
+            collective = self._gate = CollectiveGate(member.form_group, member.tell_group_broken)
+            self._engine = self._make_engine(self._decoder, collective, collective, self._outbox)
+        self._sweeper = asyncio.create_task(self._end_silent_gateways(self._outbox))
+        member.start(self._run)
 
-    def _make_engine(
-        self, decoder: Decoder, dispatcher: AllToAllDispatcher, lockstep: Lockstep, outbox: Outbox
-    ) -> Engine:
+    def _run(self) -> None:
+        assert self._engine is not None
+        try:
+            self._engine.run()
+        finally:
+            if self._p2p is not None:
+                self._p2p.close()
+
+    def _make_engine(self, decoder: Decoder, dispatcher: Dispatcher, gate: StepGate, outbox: Outbox) -> Engine:
         config = self._config.engine
         groups = layer_groups(self._config, self._text_config)
         pages = {kind: group.pages for kind, group in groups.items()}
@@ -86,10 +118,27 @@ class AttentionActor:
             Limits(config.max_batch_tokens, config.max_running, config.max_waiting),
             PageAllocator(groups, config.page_size),
             clock=time.time,
-            new_seed=lambda: random.SystemRandom().getrandbits(63),
         )
         max_context = self._config.model.max_context or self._text_config.max_position_embeddings
-        return Engine(scheduler, Stepper(decoder, kv, dispatcher, max_context), lockstep, outbox.deliver)
+        return Engine(scheduler, Stepper(decoder, kv, dispatcher, max_context), gate, outbox.deliver)
+
+    async def adopt(self, view: Topology | Epoch, layout: Layout) -> None:
+        """Goes over to this topology (p2p) or epoch (collective) between two steps; returns when that is done.
+
+        Raises GroupBroken when an epoch's group does not come about.
+        """
+        self._view, self._layout = view, layout
+        if isinstance(view, Topology):
+            assert isinstance(self._gate, P2PGate), "a topology is for the p2p transport, after start"
+            await asyncio.wrap_future(self._gate.adopt(view))
+        else:
+            assert isinstance(self._gate, CollectiveGate), "an epoch is for the collective transport, after start"
+            await asyncio.wrap_future(self._gate.adopt(view))
+
+    async def inject(self, script: Sequence[Fault]) -> None:
+        """p2p: makes faults happen to what this actor sends, for tests."""
+        assert self._p2p is not None, "start comes first"
+        self._p2p.faults = Faults(script, "attention", self._member.number)
 
     # ---- for gateways
 
@@ -105,7 +154,22 @@ class AttentionActor:
             return rejection
         # Outputs come through this event loop, so none is sorted before this.
         self._outbox.expect(request.request_id, gateway_id)
+        self._heard.setdefault(gateway_id, time.monotonic())
         return None
+
+    async def keep_alive(self, gateway_id: str) -> None:
+        """The gateway lives. One that had requests here and falls silent has them ended."""
+        self._heard[gateway_id] = time.monotonic()
+
+    async def _end_silent_gateways(self, outbox: Outbox) -> None:
+        while True:
+            await asyncio.sleep(_SILENT_GATEWAY_S / 4)
+            now = time.monotonic()
+            for gateway_id in [name for name, at in self._heard.items() if now - at > _SILENT_GATEWAY_S]:
+                del self._heard[gateway_id]
+                if requests := outbox.requests_of(gateway_id):
+                    log.warning("gateway silent gateway=%s requests=%d", gateway_id, len(requests))
+                    await self.abort(requests)
 
     async def abort(self, request_ids: Sequence[str]) -> int:
         """Ends these requests; returns how many were under way here."""
@@ -127,9 +191,10 @@ class AttentionActor:
         return 0 if self._engine is None else self._engine.drain()
 
     async def leave(self) -> None:
-        """Ends the epoch for all members; requests under way fail as retryable."""
-        if self._engine is not None:
+        """Ends the engine; requests under way fail as retryable."""
+        if self._engine is not None and self._gate is not None:
             self._engine.stop()
+            self._gate.close()
 
     async def until_ended(self) -> None:
         await self._member.until_ended()
@@ -139,17 +204,18 @@ class AttentionActor:
         return self._member.loaded
 
     async def report(self) -> AttentionReport:
-        return AttentionReport(self._member.status(), None if self._engine is None else self._engine.load())
+        return AttentionReport(
+            self._member.status(),
+            self._member.incarnation,
+            None if self._engine is None else self._engine.load(),
+            self._view,
+            self._layout,
+            0 if self._p2p is None else self._p2p.stats.losses,
+            0 if self._p2p is None else self._p2p.stats.resent_rows,
+        )
 
     def __repr__(self) -> str:
         return f"attention(rank {self._member.number}, {self._member.state})"
-
-
-def _run(engine: Engine, group: EpochGroup) -> None:
-    try:
-        engine.run()
-    finally:
-        group.close()
 
 
 def layer_groups(config: DeploymentConfig, text_config: TextConfig) -> dict[LayerKind, LayerGroup]:

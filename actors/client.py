@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
-from typing import Protocol
+from typing import Literal, Protocol
 
 from actors.status import ClusterStatus
 from engine.request import Request, RequestOutput
 
 
 class EngineClient(Protocol):
-    """All attention actors together."""
+    """All attention actors together, and the controller behind them.
+
+    `scale`, `move`, `drain_slot` and `rebalance` change the deployment while requests run. They return when the change
+    is in use everywhere, and what they began goes on when their caller is cancelled. They raise RequestRejected:
+    INVALID_ARGUMENT, naming the argument, for what cannot be; UNAVAILABLE when it failed and all is as it was.
+    """
 
     def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of a request; the last one has a finish reason. Closing the generator aborts the request.
@@ -29,6 +34,25 @@ class EngineClient(Protocol):
 
         From its return on, `status` is not ready and `generate` raises RequestRejected (UNAVAILABLE).
         """
+        ...
+
+    async def scale(self, role: Literal["experts", "attention"], actors: int) -> None:
+        """Start or end actors of `role` until there are so many (1 or more). Field of a refusal: `actors`."""
+        ...
+
+    async def move(self, expert: int, to_slot: int, layer: int | None = None, from_slot: int | None = None) -> None:
+        """Move a copy of `expert` to a slot that does not hold it; in all MoE layers if `layer` is None.
+
+        It comes from `from_slot`; None: from the one of its holders that has the highest load.
+        """
+        ...
+
+    async def drain_slot(self, slot: int) -> None:
+        """Move all experts of `slot` to the other slots, then end its actor."""
+        ...
+
+    async def rebalance(self) -> bool:
+        """Replicate and move experts by their load, once and now; returns whether any was moved."""
         ...
 
     async def status(self) -> ClusterStatus:

@@ -1,115 +1,107 @@
-"""The controller: places the actors, starts them in order, and knows how they are. Off every request's way.
+"""The controller: places the actors, starts them in order, keeps them at full strength. Off every request's way.
 
-Start order: placement groups, rendezvous, actors; every actor loads its slice; all join the epoch's group; one token
-goes through all layers. Only then is the deployment ready.
+Start order: placement groups, actors; every actor loads its slice; all are told the first layout; one token goes
+through all layers. Only then is the deployment ready.
+
+It keeps nothing that could not be asked for again: when it dies, Ray starts it anew, and it takes over the actors that
+live (`_adopt`). Requests do not notice.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 from typing import Any
 
+import psutil
 import ray
 from ray.actor import ActorHandle
-from ray.util.placement_group import PlacementGroup
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from actors.attention import AttentionActor, AttentionReport
-from actors.expert import ExpertActor, ExpertReport
-from actors.member import Epoch
-from actors.rendezvous import Rendezvous
-from actors.status import ActorStatus, ClusterStatus
-from cluster.config import DeploymentConfig, RoleConfig
-from cluster.launch import release, reserve
-from cluster.placement import bundles, plan_experts
-from dispatch.groups import World
-from engine.request import FinishReason, Request, SamplingParams
+from actors.adoption import adopt
+from actors.attention import AttentionReport
+from actors.elastic import Elastic
+from actors.expert import ExpertReport
+from actors.fleet import Fleet
+from actors.member import CONTROLLER as NAME
+from actors.repair import Repair
+from actors.seats import Seat, nodes_of, reserve_first
+from actors.status import ActorStatus, ClusterStatus, EngineHandle
+from cluster.config import DeploymentConfig
+from cluster.holdings import Holdings
+from cluster.placement import Nodes, plan_experts
+from engine.request import FinishReason, Request, RequestRejected, SamplingParams
 from llama4.config import TextConfig
 
 log = logging.getLogger("herder")
 
-NAME = "controller"
 _REPORT_TIMEOUT_S = 5.0
 _LEAVE_TIMEOUT_S = 10.0
+_POLL_S = 30.0  # of a gateway that waits for other engines
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0, max_restarts=-1)
 class Controller:
     """One for each deployment, under the name `controller` in Herder's Ray namespace."""
 
     def __init__(self, config: DeploymentConfig) -> None:
         logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         self._config = config
-        text_config = TextConfig.from_dir(config.model.path, router_scores=config.model.router_scores)
-        self._expert_map = plan_experts(config, text_config.num_local_experts, text_config.moe_layers)
-        self._placement_groups: list[PlacementGroup] = []
-        self._rendezvous: ActorHandle | None = None
-        self._attention: dict[str, ActorHandle] = {}
-        self._experts: dict[str, ActorHandle] = {}
+        self._fleet = Fleet(config, self._plan())
+        self._repair = Repair(self._fleet)
+        self._elastic = Elastic(self._fleet, self._repair)
         self._phase = "starting"
-        self._fault: asyncio.Future[str] = asyncio.get_event_loop().create_future()
-        self._watchers: list[asyncio.Task[None]] = []
+        self._balancing: asyncio.Task[None] | None = None
+        self._adopted: asyncio.Task[None] | None = None
+        if ray.get_runtime_context().was_current_actor_reconstructed:
+            self._phase = "coming back"
+            self._adopted = asyncio.get_event_loop().create_task(self._adopt())
+
+    def _plan(self, nodes: Nodes | None = None) -> Holdings:
+        text_config = TextConfig.from_dir(self._config.model.path, router_scores=self._config.model.router_scores)
+        return Holdings.of(plan_experts(self._config, text_config.num_local_experts, text_config.moe_layers, nodes))
 
     # ---- start and stop
 
     async def start(self) -> None:
         """Brings the deployment up to readiness. Raises what went wrong; `stop` cleans up then as well."""
-        roles = bundles(self._config)
+        fleet = self._fleet
         self._phase = "waiting for room in the cluster"
-        timeout_s = self._config.placement_timeout_s
-        for role in ("attention", "experts"):
-            self._placement_groups.append(await asyncio.to_thread(reserve, role, roles[role], timeout_s))
-        self._phase = "starting actors"
-        attention_group, expert_group = self._placement_groups
-        self._rendezvous = Rendezvous.options(name="rendezvous", lifetime="detached").remote()
-        self._attention = self._create("attention", AttentionActor, self._config.attention, attention_group)
-        self._experts = self._create("expert", ExpertActor, self._config.experts, expert_group)
+        attention = await reserve_first(self._config, "attention")
+        fleet.attention = {seat.number: seat for seat in attention}
+        experts = await reserve_first(self._config, "expert")
+        fleet.experts = {seat.number: seat for seat in experts}
+        fleet.holdings = self._plan(await nodes_of(experts))
         self._phase = "loading weights"
         await _all(
-            *(actor.load.remote() for actor in self._attention.values()),
-            *(actor.load.remote(self._expert_map) for actor in self._experts.values()),
+            *(fleet.bring_up(seat) for seat in attention),
+            *(fleet.bring_up(seat, dict(fleet.holdings.slots[seat.number])) for seat in experts),
         )
-        self._phase = "forming the group"
-        host, port = await self._rendezvous.address.remote()
-        world = World(tuple(range(len(self._attention))), tuple(range(len(self._experts))))
-        await _all(*(actor.join.remote(Epoch(self._expert_map, world, host, port)) for actor in self._members()))
-        self._watchers = [
-            asyncio.create_task(self._watch(name, actor))
-            for name, actor in (*self._attention.items(), *self._experts.items())
-        ]
+        self._phase = "telling everybody who holds what"
+        await fleet.join([*attention, *experts])
         self._phase = "sending a token through all layers"
-        await _all(*(self._probe(actor) for actor in self._attention.values()))
+        await _all(*(self._probe(seat.handle) for seat in attention))
+        self._begin()
+        log.info("ready actors=%d epoch=%d", len(attention) + len(experts), fleet.epoch)
+
+    def _begin(self) -> None:
+        for seat in self._fleet.seats():
+            if seat.serving:
+                self._repair.watch(seat)
+        self._balancing = asyncio.create_task(self._elastic.run())
         self._phase = "ready"
-        log.info("ready actors=%d epoch=%d", len(self._attention) + len(self._experts), self._expert_map.epoch)
 
-    def _create(self, kind: str, actor_class: Any, role: RoleConfig, group: PlacementGroup) -> dict[str, ActorHandle]:
-        return {
-            f"{kind}-{number}": actor_class.options(
-                name=f"{kind}-{number}",
-                lifetime="detached",
-                num_cpus=role.num_cpus,
-                num_gpus=role.num_gpus,
-                resources=role.resources,
-                scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=number),
-            ).remote(number, self._config)
-            for number in range(role.actors)
-        }
-
-    async def drain(self) -> int:
-        """Stops admission at every engine, for good; returns how many accepted requests have not ended.
-
-        May be called again, to follow. From the first call on the deployment is not ready.
-        """
-        if self._phase == "ready":
+    async def _adopt(self) -> None:
+        """Takes over from the controller that died."""
+        missing = await adopt(self._fleet)
+        self._begin()
+        log.info("back epoch=%d missing=%s", self._fleet.epoch, [seat.name for seat in missing])
+        for seat in missing:
+            self._repair.replace(seat)
+        if self._fleet.draining:
             self._phase = "draining"
-            log.info("draining")
-        remaining = await asyncio.gather(
-            *(_within(actor.drain.remote(), _REPORT_TIMEOUT_S) for actor in self._attention.values())
-        )
-        return sum(left for left in remaining if left is not None)  # an engine that is dead has none
 
     async def _probe(self, actor: ActorHandle) -> None:
         """One token from prompt to sample: a dispatch and a combine of every MoE layer have then gone through."""
@@ -124,94 +116,152 @@ class Controller:
                 raise RuntimeError(f"the first token did not come through: {output.error}")
             return
 
-    async def _watch(self, name: str, actor: ActorHandle) -> None:
-        """Notes the first member whose loop ends: the group cannot go on without it."""
-        try:
-            await actor.until_ended.remote()
-            why = "left"
-        except Exception as error:
-            why = str(getattr(error, "cause", None) or error).strip().splitlines()[0]
-        if self._phase in ("ready", "draining") and not self._fault.done():
-            log.error("member lost actor=%s reason=%s", name, why)
-            self._fault.set_result(f"{name}: {why}")
+    async def drain(self) -> int:
+        """Stops admission at every engine, for good; returns how many accepted requests have not ended.
+
+        May be called again, to follow. From the first call on the deployment is not ready.
+        """
+        await self._back()
+        self._fleet.draining = True
+        if self._phase == "ready":
+            self._phase = "draining"
+            log.info("draining")
+        remaining = await asyncio.gather(
+            *(_within(seat.handle.drain.remote()) for seat in self._fleet.serving(self._fleet.attention).values())
+        )
+        return sum(left for left in remaining if left is not None)  # an engine that is dead has none
 
     async def stop(self) -> None:
-        """Ends the epoch, then the actors, then their reservations."""
+        """Ends the engines, then the actors, then their reservations."""
         self._phase = "stopping"
-        for watcher in self._watchers:
-            watcher.cancel()
-        members = self._members()
-        if self._watchers:
-            # All leave at the same step once one of them asks to.
-            ended = [actor.until_ended.remote() for actor in members]
-            members[0].leave.remote()
-            await asyncio.wait([asyncio.ensure_future(_quiet(ref)) for ref in ended], timeout=_LEAVE_TIMEOUT_S)
-        for actor in members if self._rendezvous is None else [*members, self._rendezvous]:
-            ray.kill(actor)
-        for group in self._placement_groups:
-            release(group)
+        self._repair.stop()
+        for task in (self._balancing, self._adopted):
+            if task is not None:
+                task.cancel()
+        serving = [seat.handle for seat in self._fleet.seats() if seat.serving]
+        ended = [asyncio.ensure_future(_within(actor.until_ended.remote(), _LEAVE_TIMEOUT_S)) for actor in serving]
+        for actor in serving:
+            actor.leave.remote()
+        if ended:
+            await asyncio.wait(ended)
+        await self._fleet.end()
+
+    # ---- changes
+
+    async def scale(self, role: str, actors: int) -> RequestRejected | None:
+        """Exactly this many actors of "experts" or "attention"; returns why not, if it cannot be."""
+        change = self._elastic.scale_experts if role == "experts" else self._elastic.scale_attention
+        return await self._try(change(actors))
+
+    async def move(self, expert: int, to_slot: int, layer: int | None, from_slot: int | None) -> RequestRejected | None:
+        """See Elastic.move; returns why not, if it cannot be."""
+        return await self._try(self._elastic.move(expert, to_slot, layer, from_slot))
+
+    async def drain_slot(self, slot: int) -> RequestRejected | None:
+        """See Elastic.drain_slot; returns why not, if it cannot be."""
+        return await self._try(self._elastic.drain_slot(slot))
+
+    async def rebalance(self) -> bool | RequestRejected:
+        """See Elastic.rebalance; returns why not, if it cannot be."""
+        await self._back()
+        try:
+            return await self._elastic.rebalance()
+        except RequestRejected as rejection:
+            return rejection
+
+    async def _try(self, change: Awaitable[None]) -> RequestRejected | None:
+        await self._back()
+        try:
+            await change
+        except RequestRejected as rejection:
+            return rejection
+        return None
+
+    async def _back(self) -> None:
+        """After a restart: until it knows the deployment again."""
+        if self._adopted is not None:
+            await asyncio.shield(self._adopted)
+
+    # ---- what members tell
+
+    async def slot_lost(self, slot: int, incarnation: str, reason: str) -> None:
+        """An attention actor has given up a slot's server."""
+        if self._phase in ("ready", "draining"):
+            await self._repair.slot_lost(slot, incarnation, reason)
+
+    async def group_broken(self, name: str, reason: str) -> None:
+        """A member's group is of no use any more."""
+        if self._phase in ("ready", "draining"):
+            log.warning("group broken actor=%s reason=%s", name, reason)
+            await self._repair.group_broken()
 
     # ---- questions
 
     async def progress(self) -> tuple[str, dict[str, tuple[int, int]]]:
         """The phase of the start, and for each actor that answers its bytes loaded and in all."""
-        named = {**self._attention, **self._experts}
-        answers = await asyncio.gather(
-            *(_within(actor.progress.remote(), _REPORT_TIMEOUT_S) for actor in named.values())
-        )
-        return self._phase, {name: answer for name, answer in zip(named, answers, strict=True) if answer is not None}
+        seats = [seat for seat in self._fleet.seats() if seat.actor is not None]
+        answers = await asyncio.gather(*(_within(seat.handle.progress.remote()) for seat in seats))
+        loaded = {seat.name: answer for seat, answer in zip(seats, answers, strict=True) if answer is not None}
+        return self._phase, loaded
 
-    async def engines(self) -> dict[str, ActorHandle]:
-        """The attention actors by name."""
-        return dict(self._attention)
-
-    async def until_fault(self) -> str:
-        """Returns once the deployment cannot serve any more, with the reason."""
-        return await asyncio.shield(self._fault)
+    async def watch_engines(self, known: Collection[tuple[str, str]]) -> dict[str, EngineHandle]:
+        """The attention actors by name, as soon as they differ from `known` (name, incarnation), or after a while."""
+        await self._back()
+        return await self._fleet.engines_unlike(known, _POLL_S)
 
     async def status(self) -> ClusterStatus:
         """The whole deployment; an actor that does not answer in time is listed as such."""
-        attention = await _reports(self._attention)
-        experts = await _reports(self._experts)
-        layers = self._expert_map.layers
-        rows = [report.rows for report in experts.values() if isinstance(report, ExpertReport)]
-        silent = [name for name, report in (*attention.items(), *experts.items()) if report is None]
-        reason = self._reason(silent)
+        await self._back()
+        fleet, elastic = self._fleet, self._elastic
+        seats = [*sorted(fleet.attention.items()), *sorted(fleet.experts.items())]
+        reports = await asyncio.gather(*(_report(seat) for _, seat in seats))
+        named = {seat.name: report for (_, seat), report in zip(seats, reports, strict=True)}
+        attention = [report for report in reports if isinstance(report, AttentionReport)]
+        rows = [report.rows for report in reports if isinstance(report, ExpertReport)]
+        reason = self._reason()
         return ClusterStatus(
             ready=not reason,
             reason=reason,
-            epoch=self._expert_map.epoch,
-            actors=(
-                *(
-                    _status(name, "attention", number, report)
-                    for number, (name, report) in enumerate(attention.items())
-                ),
-                *(_status(name, "expert", number, report) for number, (name, report) in enumerate(experts.items())),
-            ),
-            engines={
-                name: report.load
-                for name, report in attention.items()
-                if isinstance(report, AttentionReport) and report.load is not None
-            },
+            epoch=max(fleet.epoch, 0),
+            actors=(self._own_status(), *(_status(seat, named[seat.name]) for _, seat in seats)),
+            engines={report.status.name: report.load for report in attention if report.load is not None},
             expert_tokens={
                 layer: tuple(sum(counts) for counts in zip(*(row[layer] for row in rows if layer in row), strict=True))
-                for layer in layers
+                for layer in fleet.holdings.layers
             },
-            placement={layer: self._expert_map.slots[layer] for layer in layers},
+            placement=dict(fleet.holdings.holders),
+            balancedness=0.0 if self._config.balance.mode == "off" else elastic.balance.total,
+            balancedness_before=elastic.balance_before,
+            seconds_since_move=elastic.seconds_since_move,
+            balance_mode=self._config.balance.mode,
+            failovers=fleet.failovers,
         )
 
-    def _reason(self, silent: list[str]) -> str:
-        if self._fault.done():
-            return self._fault.result()
+    def _reason(self) -> str:
+        """Why a request sent now would not be answered soon; empty when it would."""
         if self._phase != "ready":
             return self._phase
-        return f"no answer from {', '.join(silent)}" if silent else ""
+        if not self._fleet.serving(self._fleet.attention):
+            return "every attention actor is being replaced"
+        if self._fleet.unreachable():
+            lost = sorted(set(self._fleet.holdings.slots) - set(self._fleet.serving(self._fleet.experts)))
+            return f"some experts have no holder while slots {lost} are being replaced"
+        return ""
 
-    def _members(self) -> list[ActorHandle]:
-        return [*self._attention.values(), *self._experts.values()]
+    def _own_status(self) -> ActorStatus:
+        return ActorStatus(
+            NAME,
+            "controller",
+            0,
+            node_id=ray.get_runtime_context().get_node_id(),
+            node_ip=ray.util.get_node_ip_address(),
+            pid=os.getpid(),
+            state=self._phase,
+            rss_bytes=psutil.Process().memory_info().rss,
+        )
 
     def __repr__(self) -> str:
-        return f"controller({self._config.model.served_name}, epoch {self._expert_map.epoch}, {self._phase})"
+        return f"controller({self._config.model.served_name}, epoch {self._fleet.epoch}, {self._phase})"
 
 
 async def _all(*waiting: Awaitable[object]) -> None:
@@ -219,14 +269,7 @@ async def _all(*waiting: Awaitable[object]) -> None:
     await asyncio.gather(*waiting)
 
 
-async def _quiet(ref: Awaitable[object]) -> None:
-    try:
-        await ref
-    except Exception as error:
-        log.debug("ended with %s", error)
-
-
-async def _within(ref: Awaitable[Any], seconds: float) -> Any:
+async def _within(ref: Awaitable[Any], seconds: float = _REPORT_TIMEOUT_S) -> Any:
     """The answer, or None when it does not come or its actor is dead."""
     try:
         return await asyncio.wait_for(ref, seconds)
@@ -234,10 +277,13 @@ async def _within(ref: Awaitable[Any], seconds: float) -> Any:
         return None
 
 
-async def _reports(actors: dict[str, ActorHandle]) -> dict[str, AttentionReport | ExpertReport | None]:
-    answers = await asyncio.gather(*(_within(actor.report.remote(), _REPORT_TIMEOUT_S) for actor in actors.values()))
-    return dict(zip(actors, answers, strict=True))
+async def _report(seat: Seat) -> AttentionReport | ExpertReport | None:
+    return None if seat.actor is None else await _within(seat.handle.report.remote())
 
 
-def _status(name: str, kind: Any, number: int, report: AttentionReport | ExpertReport | None) -> ActorStatus:
-    return ActorStatus(name, kind, number, state="no answer") if report is None else report.status
+def _status(seat: Seat, report: AttentionReport | ExpertReport | None) -> ActorStatus:
+    if report is None:
+        return ActorStatus(
+            seat.name, seat.role, seat.number, state="being replaced" if not seat.serving else "no answer"
+        )
+    return report.status

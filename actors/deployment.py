@@ -11,6 +11,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from actors.controller import NAME, Controller
 from actors.gateway import GRPC_SERVICER_FUNCTIONS, build_app
@@ -24,6 +25,8 @@ APP_NAME = "herder"  # of the Serve application
 _PROGRESS_EVERY_S = 0.2
 _DRAIN_EVERY_S = 0.1
 _STOP_TIMEOUT_S = 30.0
+_ASK_EVERY_S = 5.0
+_GONE_S = 60.0
 
 
 class Deployment:
@@ -36,8 +39,16 @@ class Deployment:
         self._controller = controller
 
     def wait(self) -> None:
-        """Returns only by an exception: RuntimeError when the deployment cannot serve any more, or a signal's."""
-        raise RuntimeError(ray.get(self._controller.until_fault.remote()))
+        """Returns only by an exception: RuntimeError when the controller is gone for good, or a signal's."""
+        answered = time.monotonic()
+        while True:
+            time.sleep(_ASK_EVERY_S)
+            try:
+                ray.get(self._controller.progress.remote(), timeout=_ASK_EVERY_S)
+                answered = time.monotonic()
+            except (RayError, TimeoutError) as error:  # a controller that died comes back
+                if time.monotonic() - answered > _GONE_S:
+                    raise RuntimeError(f"the controller has not answered for {_GONE_S:g} s: {error}") from error
 
     def drain(self, timeout_s: float) -> int:
         """Takes no more requests, and waits for those under way; returns how many are left when the time is over."""

@@ -2,87 +2,164 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import ray
+import torch
+from numpy.typing import NDArray
+from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
-from actors.member import Epoch, Member
+from actors.member import Member, log
 from actors.status import ActorStatus
 from cluster.config import DeploymentConfig
-from dispatch.all_to_all import DispatchStats, ExpertRank
-from dispatch.expert_map import ExpertMap
-from dispatch.groups import EpochGroup
-from dispatch.lockstep import Lockstep
+from dispatch.collective import CollectiveServer, Epoch
+from dispatch.expert_server import ExpertServer
+from dispatch.faults import Fault, Faults
+from dispatch.topology import SlotAddress
 from llama4.config import TextConfig
 from llama4.moe import Experts
 from llama4.precision import choose_dtype
 from llama4.weights import Checkpoint, load_experts
 
+Held = Mapping[int, Sequence[int]]  # layer → experts
+Weights = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # gate_up and down, as bytes
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertReport:
-    """An expert actor's state, and the rows it has computed: layer → a number for each logical expert."""
+    """An expert actor's state, and the rows it has computed: layer → a number for each logical expert.
+
+    `held`: layer → the experts whose weights it has. `address`: where it serves, with the p2p transport.
+    """
 
     status: ActorStatus
+    incarnation: str
     rows: dict[int, tuple[int, ...]]
+    held: dict[int, tuple[int, ...]]
+    address: SlotAddress | None
 
 
 @ray.remote
 class ExpertActor:
-    def __init__(self, slot: int, config: DeploymentConfig) -> None:
+    def __init__(self, slot: int, incarnation: str, config: DeploymentConfig) -> None:
         self._slot = slot
-        self._member = Member("expert", slot, config.experts, config)
+        self._member = Member("expert", slot, incarnation, config.experts, config)
+        self._text_config = TextConfig.from_dir(config.model.path, router_scores=config.model.router_scores)
         self._dtype = choose_dtype(self._member.device, config.model.dtype)
-        self._held = 0
-        self._width = 0
-        self._experts: Experts | None = None
-        self._lockstep: Lockstep | None = None
-        self._stats: DispatchStats | None = None
-        self._leaving = False
+        self._experts = self._empty({})
+        self._server: ExpertServer | CollectiveServer | None = None
 
-    async def load(self, expert_map: ExpertMap) -> None:
-        """Reads the experts that the map gives to this slot, and nothing else; raises CheckpointError."""
-        await self._member.load(lambda: self._load(expert_map))
+    def _empty(self, held: Held) -> Experts:
+        return Experts(self._text_config, held, self._dtype, self._member.device)
 
-    def _load(self, expert_map: ExpertMap) -> None:
-        model = self._member.config.model
-        text_config = TextConfig.from_dir(model.path, router_scores=model.router_scores)
-        held = expert_map.experts_of(self._slot)
-        self._width = text_config.hidden_size
-        self._experts = load_experts(
-            Checkpoint(model.path),
-            text_config,
+    # ---- weights
+
+    async def load(self, held: Held) -> None:
+        """Reads the experts that are not here yet from the checkpoint, and nothing else; raises CheckpointError."""
+        missing = self._missing(held)
+        if missing:
+            await self._member.load(lambda: self._experts.take(self._read(missing)))
+        if self._server is not None:
+            self._member.state = "serving"
+
+    async def fetch(self, held: Held, peers: Mapping[tuple[int, int], ActorHandle]) -> None:
+        """As `load`, but an expert's weights come from the peer named for (layer, expert), if that one gives them."""
+        for layer, experts in self._missing(held).items():
+            for expert in experts:
+                found = await self._ask(peers.get((layer, expert)), layer, expert)
+                if found is None:
+                    await self.load({layer: (expert,)})
+                else:
+                    await asyncio.to_thread(self._put, layer, expert, found)
+
+    async def _ask(self, peer: ActorHandle | None, layer: int, expert: int) -> Weights | None:
+        if peer is None:
+            return None
+        try:
+            found: Weights | None = await peer.export.remote(layer, expert)
+        except RayError as error:
+            log.info("%s: no weights from a peer layer=%d expert=%d reason=%s", self._member.name, layer, expert, error)
+            return None
+        return found
+
+    def _missing(self, held: Held) -> dict[int, tuple[int, ...]]:
+        here = self._experts.held
+        missing = {layer: tuple(e for e in experts if e not in here.get(layer, ())) for layer, experts in held.items()}
+        return {layer: experts for layer, experts in missing.items() if experts}
+
+    def _read(self, held: Held) -> Experts:
+        return load_experts(
+            Checkpoint(self._member.config.model.path),
+            self._text_config,
             held,
             dtype=self._dtype,
             device=self._member.device,
             on_progress=self._member.on_progress,
         )
-        self._held = sum(len(experts) for experts in held.values())
 
-    async def join(self, epoch: Epoch) -> None:
-        """Forms the epoch's group with all members and begins to serve."""
-        assert self._experts is not None, "load comes first"
-        group = await self._member.form_group(epoch)
-        lockstep = Lockstep(group)
-        rank = ExpertRank(group, epoch.expert_map, self._slot, self._experts, self._width, self._dtype)
-        self._lockstep, self._stats = lockstep, rank.stats
-        self._member.start(lambda: self._serve(group, lockstep, rank))
+    async def export(self, layer: int, expert: int) -> Weights | None:
+        """An expert's weights as bytes, for a peer; None when they are not here."""
+        if expert not in self._experts.held.get(layer, ()):
+            return None
+        gate_up, down = self._experts.part(layer, expert)
+        return _bytes_of(gate_up), _bytes_of(down)
 
-    def _serve(self, group: EpochGroup, lockstep: Lockstep, rank: ExpertRank) -> None:
-        try:
-            while not (header := lockstep.begin(0, self._leaving)).leaving:
-                if header.idle:
-                    lockstep.wait()
-                else:
-                    rank.serve_step()
-        finally:
-            group.close()
+    def _put(self, layer: int, expert: int, parts: Weights) -> None:
+        arrived = self._empty({layer: (expert,)})
+        for target, array in zip(arrived.part(layer, expert), parts, strict=True):
+            # What comes out of Ray's object store is read-only and shared.
+            target.copy_(torch.from_numpy(array.copy()).view(self._dtype).view(target.shape))
+        self._experts.take(arrived)
+
+    async def drop(self, held: Held) -> None:
+        """Forgets what is not in `held`. No epoch that is in use may send rows for it."""
+        for layer, experts in self._experts.held.items():
+            for expert in experts:
+                if expert not in held.get(layer, ()):
+                    self._experts.drop(layer, expert)
+
+    # ---- serving
+
+    async def serve(self, secret: bytes) -> SlotAddress | None:
+        """Begins to serve; gives the address to send rows to, if the transport has addresses."""
+        member, width = self._member, self._text_config.hidden_size
+        if member.config.transport_kind == "p2p":
+            server = ExpertServer(self._experts, self._slot, width, self._dtype, secret, member.node_ip)
+            self._server = server
+            member.start(server.run)
+            return server.address
+        collective = CollectiveServer(
+            self._slot, self._experts, width, self._dtype, member.form_group, member.tell_group_broken
+        )
+        self._server = collective
+        member.start(collective.run)
+        return None
+
+    async def allow(self, held: Held, min_epoch: int) -> None:
+        """p2p: rows for these experts are served, from this epoch on; others are refused."""
+        assert isinstance(self._server, ExpertServer), "serve comes first"
+        self._server.allow({layer: tuple(experts) for layer, experts in held.items()}, min_epoch)
+
+    async def adopt(self, epoch: Epoch) -> None:
+        """Collective transport: enters this epoch; returns when its group is formed. Raises GroupBroken."""
+        assert isinstance(self._server, CollectiveServer), "serve comes first"
+        await asyncio.wrap_future(self._server.adopt(epoch))
+
+    async def inject(self, script: Sequence[Fault]) -> None:
+        """p2p: makes faults happen to this actor or its answers, for tests."""
+        assert isinstance(self._server, ExpertServer), "serve comes first"
+        self._server.faults = Faults(script, "expert", self._slot)
 
     async def leave(self) -> None:
-        """Ends the epoch for all members."""
-        self._leaving = True
-        if self._lockstep is not None:
-            self._lockstep.ring()
+        """Stops serving."""
+        if isinstance(self._server, CollectiveServer):
+            self._server.close()
+        elif self._server is not None:
+            self._server.stop()
 
     async def until_ended(self) -> None:
         await self._member.until_ended()
@@ -92,8 +169,28 @@ class ExpertActor:
         return self._member.loaded
 
     async def report(self) -> ExpertReport:
-        rows = {} if self._stats is None else self._stats.rows_E
-        return ExpertReport(self._member.status(), {layer: tuple(counts.tolist()) for layer, counts in rows.items()})
+        server = self._server
+        return ExpertReport(
+            self._member.status(),
+            self._member.incarnation,
+            self._rows(),
+            self._experts.held,
+            server.address if isinstance(server, ExpertServer) else None,
+        )
+
+    def _rows(self) -> dict[int, tuple[int, ...]]:
+        server, num_experts = self._server, self._text_config.num_local_experts
+        if isinstance(server, ExpertServer):
+            counts = {layer: dict(rows) for layer, rows in server.stats.rows.items()}
+            return {layer: tuple(rows.get(e, 0) for e in range(num_experts)) for layer, rows in counts.items()}
+        if server is None or server.stats is None:
+            return {}
+        return {layer: tuple(rows_E.tolist()) for layer, rows_E in server.stats.rows_E.items()}
 
     def __repr__(self) -> str:
-        return f"expert(slot {self._slot}, {self._held} experts, {self._member.state})"
+        held = sum(len(experts) for experts in self._experts.held.values())
+        return f"expert(slot {self._slot}, {held} experts, {self._member.state})"
+
+
+def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()

@@ -6,8 +6,9 @@ its own by position. Nothing here imports ray.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -20,8 +21,10 @@ from actors.grpc_errors import Context, admitted, deadline
 from actors.grpc_requests import conversation, options, tool_use
 from actors.merge import merge
 from actors.validation import check_model, is_retryable, make_request_id
-from engine.request import RequestError, RequestRejected
+from engine.request import ErrorCode, RequestError, RequestRejected
 from herder.v1 import control_pb2, inference_pb2
+
+log = logging.getLogger("herder")
 
 GenerateInput = inference_pb2.GenerateRequest | inference_pb2.GenerateStreamRequest
 ChatInput = inference_pb2.ChatRequest | inference_pb2.ChatStreamRequest
@@ -110,6 +113,7 @@ class ControlServicer(Servicer):
                 reason=status.reason,
                 epoch=status.epoch,
                 actors=map(messages.actor_info, status.actors),
+                failovers=status.failovers,
             )
 
     async def GetModelInfo(
@@ -136,12 +140,7 @@ class ControlServicer(Servicer):
         self, request: control_pb2.GetExpertPlacementRequest, grpc_context: Context
     ) -> control_pb2.GetExpertPlacementResponse:
         async with self.admit(request, grpc_context):
-            status = await self.core.status()
-            layers = [
-                messages.layer_experts(layer, slots, status.expert_tokens.get(layer, ()))
-                for layer, slots in sorted(status.placement.items())
-            ]
-            return control_pb2.GetExpertPlacementResponse(epoch=status.epoch, layers=layers)
+            return messages.expert_placement(await self.core.status())
 
     async def Abort(self, request: control_pb2.AbortRequest, grpc_context: Context) -> control_pb2.AbortResponse:
         async with self.admit(request, grpc_context):
@@ -150,6 +149,54 @@ class ControlServicer(Servicer):
     async def Drain(self, request: control_pb2.DrainRequest, grpc_context: Context) -> control_pb2.DrainResponse:
         async with self.admit(request, grpc_context):
             return control_pb2.DrainResponse(remaining=await self.core.drain())
+
+    async def ScaleExperts(
+        self, request: control_pb2.ScaleExpertsRequest, grpc_context: Context
+    ) -> control_pb2.ScaleExpertsResponse:
+        async with self.change(request, grpc_context):
+            await self.core.engine.scale("experts", request.actors)
+            return control_pb2.ScaleExpertsResponse()
+
+    async def ScaleAttention(
+        self, request: control_pb2.ScaleAttentionRequest, grpc_context: Context
+    ) -> control_pb2.ScaleAttentionResponse:
+        async with self.change(request, grpc_context):
+            await self.core.engine.scale("attention", request.actors)
+            return control_pb2.ScaleAttentionResponse()
+
+    async def MoveExpert(
+        self, request: control_pb2.MoveExpertRequest, grpc_context: Context
+    ) -> control_pb2.MoveExpertResponse:
+        async with self.change(request, grpc_context):
+            layer = request.layer if request.HasField("layer") else None
+            from_slot = request.from_slot if request.HasField("from_slot") else None
+            await self.core.engine.move(request.expert, request.to_slot, layer, from_slot)
+            return control_pb2.MoveExpertResponse()
+
+    async def DrainSlot(
+        self, request: control_pb2.DrainSlotRequest, grpc_context: Context
+    ) -> control_pb2.DrainSlotResponse:
+        async with self.change(request, grpc_context):
+            await self.core.engine.drain_slot(request.slot)
+            return control_pb2.DrainSlotResponse()
+
+    async def Rebalance(
+        self, request: control_pb2.RebalanceRequest, grpc_context: Context
+    ) -> control_pb2.RebalanceResponse:
+        async with self.change(request, grpc_context):
+            return control_pb2.RebalanceResponse(moved=await self.core.engine.rebalance())
+
+    @asynccontextmanager
+    async def change(self, request: Message, context: Context) -> AsyncIterator[None]:
+        """Lets a call in that changes the deployment. What keeps the controller from answering makes it UNAVAILABLE."""
+        async with self.admit(request, context):
+            try:
+                yield
+            except RequestRejected:
+                raise
+            except Exception as error:
+                log.exception("no change")
+                raise RequestRejected("the controller does not answer", code=ErrorCode.UNAVAILABLE) from error
 
 
 async def _generate_jobs(core: GatewayCore, request: GenerateInput, context: Context) -> list[Job]:

@@ -5,13 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from actors.answers import Delta, Job, UsageCount
-from actors.status import ActorStatus
+from actors.status import ActorStatus, ClusterStatus
 from actors.tool_use import CallEvent, join_calls
 from engine.request import EngineLoad, RequestError, TokenLogprob
 from engine.tools import CallStart
 from herder.v1 import control_pb2, inference_pb2, types_pb2
 
-_ROLES = {"attention": control_pb2.ACTOR_ROLE_ATTENTION, "expert": control_pb2.ACTOR_ROLE_EXPERT}
+_ROLES = {
+    "attention": control_pb2.ACTOR_ROLE_ATTENTION,
+    "expert": control_pb2.ACTOR_ROLE_EXPERT,
+    "controller": control_pb2.ACTOR_ROLE_CONTROLLER,
+}
+_BALANCE_MODES = {
+    "off": control_pb2.BALANCE_MODE_OFF,
+    "manual": control_pb2.BALANCE_MODE_MANUAL,
+    "auto": control_pb2.BALANCE_MODE_AUTO,
+}
 
 
 def logprobs(token_ids: Sequence[int], entries: Sequence[TokenLogprob | None]) -> list[types_pb2.TokenLogprob]:
@@ -126,10 +135,25 @@ def load(actor: str, engine: EngineLoad) -> control_pb2.EngineLoad:
         kv_pages=pages,
         cached_prompt_tokens=engine.cached_prompt_tokens,
         preemptions=engine.preemptions,
+        parked=engine.parked,
     )
 
 
-def layer_experts(layer: int, slots: Sequence[Sequence[int]], tokens: Sequence[int]) -> control_pb2.LayerExperts:
+def expert_placement(status: ClusterStatus) -> control_pb2.GetExpertPlacementResponse:
+    return control_pb2.GetExpertPlacementResponse(
+        epoch=status.epoch,
+        layers=[
+            _layer_experts(layer, slots, status.expert_tokens.get(layer, ()))
+            for layer, slots in sorted(status.placement.items())
+        ],
+        balancedness=status.balancedness,
+        balancedness_before=status.balancedness_before,
+        seconds_since_move=status.seconds_since_move,
+        balance_mode=_BALANCE_MODES[status.balance_mode],
+    )
+
+
+def _layer_experts(layer: int, slots: Sequence[Sequence[int]], tokens: Sequence[int]) -> control_pb2.LayerExperts:
     """One layer; `slots` and `tokens` (which may be empty) are by expert."""
     experts = [
         control_pb2.ExpertPlacement(expert=expert, slots=held, tokens=tokens[expert] if tokens else 0)

@@ -73,12 +73,23 @@ def add_inspection(app: FastAPI, core: GatewayCore) -> None:
 
     @app.get("/load")
     async def load() -> Response:
-        """`server_load`, as in vLLM: answers under way through this gateway. `engines`: each one's own, from all."""
-        engines = (await core.status()).engines
+        """`server_load`, as in vLLM: answers under way through this gateway. `engines`: each one's own, from all.
+
+        `epoch`, `failovers` and `balance` are as in ControlService's GetServerInfo and GetExpertPlacement.
+        """
+        status = await core.status()
         return Answer(
             {
                 "server_load": core.metrics.under_way,
-                "engines": {name: asdict(engines[name]) for name in sorted(engines)},
+                "engines": {name: asdict(load) for name, load in sorted(status.engines.items())},
+                "epoch": status.epoch,
+                "failovers": status.failovers,
+                "balance": {
+                    "mode": status.balance_mode,
+                    "balancedness": status.balancedness,
+                    "balancedness_before": status.balancedness_before,
+                    "seconds_since_move": status.seconds_since_move,
+                },
             }
         )
 

@@ -1,6 +1,6 @@
-"""What attention and expert actors have in common: load a slice, join an epoch, run a loop on a thread.
+"""What attention and expert actors have in common: load weights, run a loop on a thread, tell how they are.
 
-The loop's thread does all computing and all collectives; the actor's event loop only answers calls.
+The loop's thread does all computing and all transport; the actor's event loop only answers calls.
 """
 
 from __future__ import annotations
@@ -17,44 +17,56 @@ from typing import Literal
 import psutil
 import ray
 import torch
+from ray.actor import ActorHandle
 
 from actors.status import ActorStatus
 from cluster.config import DeploymentConfig, RoleConfig
-from dispatch.expert_map import ExpertMap
-from dispatch.groups import EpochGroup, World
+from cluster.holdings import Holdings
+from dispatch.collective import Epoch
+from dispatch.groups import EpochGroup
 from dispatch.store import StoreClients, connect_store
 
 log = logging.getLogger("herder")
 
+CONTROLLER = "controller"  # the controller's name in Ray
+
 
 @dataclass(frozen=True, slots=True)
-class Epoch:
-    """What a member must know to join: who takes part, where the experts are, and where the members meet."""
+class Layout:
+    """What a deployment is meant to be: its attention actors' ranks, and what its slots hold, dead or alive."""
 
-    expert_map: ExpertMap
-    world: World
-    store_host: str
-    store_port: int
+    ranks: tuple[int, ...]
+    holdings: Holdings
 
 
 class Member:
-    """One actor's progress, device, group and loop thread.
+    """One actor's progress, device and loop thread.
 
-    `number` is the attention actor's rank or the expert actor's slot.
+    `number` is the attention actor's rank or the expert actor's slot; `incarnation` is this process's name among all
+    that have had or will have this number.
     """
 
     def __init__(
-        self, kind: Literal["attention", "expert"], number: int, role: RoleConfig, config: DeploymentConfig
+        self,
+        kind: Literal["attention", "expert"],
+        number: int,
+        incarnation: str,
+        role: RoleConfig,
+        config: DeploymentConfig,
     ) -> None:
         logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
         torch.set_num_threads(role.compute_threads)
         self.kind: Literal["attention", "expert"] = kind
         self.number = number
+        self.incarnation = incarnation
         self.name = f"{kind}-{number}"
         self.config = config
         self.device = torch.device(role.device)
+        self.node_ip = ray.util.get_node_ip_address()
         self.state = "starting"
         self.loaded = (0, 0)  # bytes done, bytes in all
+        self._events: asyncio.AbstractEventLoop | None = None
+        self._told: set[asyncio.Task[None]] = set()  # held, so that they are not collected while they wait
         self._stores: dict[tuple[str, int], StoreClients] = {}
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
 
@@ -64,32 +76,28 @@ class Member:
     async def load(self, work: Callable[[], None]) -> None:
         """Runs `work` beside the event loop, so that progress can be asked for meanwhile."""
         self.state = "loading"
+        self._events = asyncio.get_running_loop()
         await asyncio.to_thread(work)
         self.state = "loaded"
         log.info("%s loaded bytes=%d device=%s", self.name, self.loaded[0], self.device)
 
-    async def form_group(self, epoch: Epoch) -> EpochGroup:
-        """Meets all other members of the epoch; returns when they are there."""
+    def form_group(self, epoch: Epoch) -> EpochGroup:
+        """Meets all other members of the epoch; on the loop's thread. Raises GroupBroken."""
         world = epoch.world
         rank = world.attention_rank(self.number) if self.kind == "attention" else world.slot_rank(self.number)
         timeout_s = self.config.transport.timeout_s
         meeting_place = (epoch.store_host, epoch.store_port)
-
-        def form() -> EpochGroup:
-            if meeting_place not in self._stores:
-                self._stores[meeting_place] = connect_store(*meeting_place, timeout_s)
-            return EpochGroup.form(
-                epoch.expert_map.epoch,
-                world,
-                rank,
-                self._stores[meeting_place],
-                address=ray.util.get_node_ip_address(),
-                timeout_s=timeout_s,
-                device=self.device,
-            )
-
-        self.state = "joining"
-        return await asyncio.to_thread(form)
+        if meeting_place not in self._stores:
+            self._stores[meeting_place] = connect_store(*meeting_place, timeout_s)
+        return EpochGroup.form(
+            epoch.expert_map.epoch,
+            world,
+            rank,
+            self._stores[meeting_place],
+            address=self.node_ip,
+            timeout_s=timeout_s,
+            device=self.device,
+        )
 
     def start(self, loop: Callable[[], None]) -> None:
         """Runs the loop on a thread of its own; `until_ended` tells its end."""
@@ -109,8 +117,33 @@ class Member:
         threading.Thread(target=body, name=self.name, daemon=True).start()
 
     async def until_ended(self) -> None:
-        """Returns when the loop has left its epoch; raises what ended it otherwise."""
+        """Returns when the loop has been told to end; raises what ended it otherwise."""
         await asyncio.wrap_future(self._ended)
+
+    def tell_group_broken(self, reason: str) -> None:
+        """Lets the controller know, from the loop's thread, without waiting."""
+        log.warning("%s group broken reason=%s", self.name, reason)
+        self._tell(lambda controller: controller.group_broken.remote(self.name, reason))
+
+    def tell_slot_lost(self, slot: int, incarnation: str, reason: str) -> None:
+        """Lets the controller know, from the loop's thread, without waiting."""
+        log.warning("%s lost slot=%d incarnation=%s reason=%s", self.name, slot, incarnation, reason)
+        self._tell(lambda controller: controller.slot_lost.remote(slot, incarnation, reason))
+
+    def _tell(self, call: Callable[[ActorHandle], object]) -> None:
+        assert self._events is not None, "load comes first"
+        self._events.call_soon_threadsafe(self._spawn, call)
+
+    def _spawn(self, call: Callable[[ActorHandle], object]) -> None:
+        async def tell() -> None:
+            try:
+                call(await asyncio.to_thread(ray.get_actor, CONTROLLER))
+            except ValueError:  # it is away; when it comes back, it asks everybody
+                log.debug("no controller to tell")
+
+        task = asyncio.get_running_loop().create_task(tell())
+        self._told.add(task)
+        task.add_done_callback(self._told.discard)
 
     def status(self) -> ActorStatus:
         return ActorStatus(
@@ -118,7 +151,7 @@ class Member:
             role=self.kind,
             rank_or_slot=self.number,
             node_id=ray.get_runtime_context().get_node_id(),
-            node_ip=ray.util.get_node_ip_address(),
+            node_ip=self.node_ip,
             pid=os.getpid(),
             state=self.state,
             device=str(self.device),

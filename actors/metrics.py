@@ -120,6 +120,7 @@ class _EngineCollector:
         yield GaugeMetricFamily("herder_ready", "Whether a request sent now is answered.", value=float(ready))
         if status is None:
             return
+        yield from _cluster_metrics(status)
         engines = status.engines
         for name, text, value in _GAUGES:
             gauge = GaugeMetricFamily(name, text, labels=("engine",))
@@ -146,9 +147,23 @@ class _EngineCollector:
         yield cached
 
 
+def _cluster_metrics(status: ClusterStatus) -> Iterator[Metric]:
+    yield GaugeMetricFamily("herder_epoch", "Counts the changes of actors and of their experts.", value=status.epoch)
+    yield CounterMetricFamily("herder_failovers", "Lost actors that were replaced.", value=status.failovers)
+    if status.balancedness:
+        text = "Highest load of a slot, as a multiple of the mean."
+        yield GaugeMetricFamily("herder_expert_balancedness", text, value=status.balancedness)
+    if status.seconds_since_move is not None:
+        text = "The same, just before experts were last moved."
+        yield GaugeMetricFamily("herder_expert_balancedness_before", text, value=status.balancedness_before)
+        text = "Since experts were last moved."
+        yield GaugeMetricFamily("herder_expert_seconds_since_move", text, value=status.seconds_since_move)
+
+
 _Value = Callable[[EngineLoad], float]
 _GAUGES: tuple[tuple[str, str, _Value], ...] = (
     ("herder_requests_running", "Requests that are prefilling or decoding.", lambda load: load.running),
+    ("herder_requests_parked", "Those of them that wait for a lost expert.", lambda load: load.parked),
     ("herder_requests_waiting", "Requests that wait for their first step.", lambda load: load.waiting),
 )
 _COUNTERS: tuple[tuple[str, str, _Value], ...] = (

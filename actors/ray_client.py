@@ -1,135 +1,299 @@
-"""The gateway's way to the engines: one stream of outputs from each attention actor, shared by all requests."""
+"""The gateway's way to the engines: requests go to one of them, and on to another when it is lost.
+
+For every open request the client keeps its journal: the prompt and the tokens that it has passed on. When an engine
+dies, or ends a request because it ends itself, the request goes to another one with these tokens, and its stream just
+goes on. What a lost engine still sends is dropped: outputs count only if they come through the link that the request
+is at.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
-from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass, field
+import random
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 
-from actors.controller import NAME
+from actors.engine_links import EngineLink, EngineLinks, first_line
+from actors.member import CONTROLLER
 from actors.status import ClusterStatus
 from cluster.launch import NAMESPACE
-from engine.request import ErrorCode, FinishReason, Request, RequestError, RequestOutput, RequestRejected
+from engine.request import SHUTTING_DOWN, ErrorCode, FinishReason, Request, RequestError, RequestOutput, RequestRejected
 
 log = logging.getLogger("herder")
+
+_BUSY_TIMEOUT_S = 30.0  # so long an answer that has begun waits for room at the other engines
+_FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
+# A request may be what its engines die of: after so many in a row that gave it no token, it goes to no other.
+_MOST_FRUITLESS = 3
+
+_Offer = Literal["taken", "busy", "refused", "nobody"]
 
 
 @dataclass(slots=True)
 class _Open:
-    """A request under way on one engine, and its outputs that have not been taken yet."""
+    """A request under way: its journal, the link that it is at, and what has come through it.
 
-    engine: str
+    `left`: links that it does not go back to. `fruitless`: how many engines in a row were lost before they gave a
+    token. `moving`: its engine is lost, and it is at no other yet.
+    """
+
+    request: Request
+    tokens: list[int] = field(default_factory=list)
+    link: EngineLink | None = None
     outputs: asyncio.Queue[RequestOutput] = field(default_factory=asyncio.Queue)
     submission: asyncio.Future[RequestRejected | None] | None = None
+    left: set[EngineLink] = field(default_factory=set)
+    tokens_before: int = 0
+    fruitless: int = 0
+    moving: bool = False
+    aborted: bool = False
+
+    def rest(self) -> Request:
+        """The request, as an engine gets it that is to go on with it."""
+        return replace(self.request, generated_token_ids=(*self.request.generated_token_ids, *self.tokens))
 
 
 class RayEngineClient:
-    """An `EngineClient` over Ray. Make it with `connect`, inside the event loop that uses it."""
+    """An `EngineClient` over Ray. Make it with `connect`, inside the event loop that uses it.
 
-    def __init__(self, controller: ActorHandle, engines: dict[str, ActorHandle]) -> None:
-        self._gateway_id = uuid.uuid4().hex
-        self._controller = controller
-        self._engines = engines
+    Args:
+        find_controller: see EngineLinks.
+        new_seed: a seed for each request that has none, drawn here so that an answer that moves stays the same.
+        failover_timeout_s: so long an answer that has begun waits while no engine is alive.
+    """
+
+    def __init__(
+        self,
+        find_controller: Callable[[], ActorHandle],
+        new_seed: Callable[[], int] = lambda: random.SystemRandom().getrandbits(63),
+        failover_timeout_s: float = 60.0,
+    ) -> None:
+        self._new_seed = new_seed
+        self._failover_timeout_s = failover_timeout_s
+        self._links = EngineLinks(find_controller, self._take, self._fail)
         self._open: dict[str, _Open] = {}
         self._aborts: set[asyncio.Task[None]] = set()  # held, so that they are not collected while they wait
-        self._pumps = [asyncio.create_task(self._pump(name, engine)) for name, engine in engines.items()]
 
     @classmethod
     async def connect(cls) -> RayEngineClient:
         """Finds the deployment's controller and its engines."""
-        controller = ray.get_actor(NAME, namespace=NAMESPACE)
-        return cls(controller, await controller.engines.remote())
+        client = cls(lambda: ray.get_actor(CONTROLLER, namespace=NAMESPACE))
+        await client.start()
+        return client
+
+    async def start(self) -> None:
+        """Connects to the engines. Raises ValueError or RayError without a controller."""
+        await self._links.start()
+
+    # ---- requests
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
         """See EngineClient.generate. The engine with the fewest open requests of this gateway gets it."""
         if request.request_id in self._open:
             message = f"request_id {request.request_id!r} is in use by a running request"
             raise RequestRejected(message, field="request_id", code=ErrorCode.ALREADY_EXISTS)
-        opened = self._open[request.request_id] = _Open(self._pick())
+        if request.params.seed is None:
+            request = replace(request, params=replace(request.params, seed=self._new_seed()))
+        opened = self._open[request.request_id] = _Open(request)
         finished = False
         try:
-            await self._submit(request, opened)
+            await self._admit(opened)
             while not finished:
                 output = await opened.outputs.get()
+                if _engine_is_lost(output):
+                    last = await self._go_on(opened, output)
+                    if last is None:
+                        continue
+                    output = last
                 finished = output.finish_reason is not None
+                opened.tokens += output.token_ids
                 yield output
         except RequestRejected:
             finished = True
             raise
         finally:
             del self._open[request.request_id]
-            if not finished:
-                task = asyncio.create_task(self._abort_submitted(request.request_id, opened))
+            if not finished and opened.link is not None:
+                task = asyncio.create_task(_abort_submitted(request.request_id, opened.link, opened.submission))
                 self._aborts.add(task)
                 task.add_done_callback(self._aborts.discard)
+            self._put(opened, None)
 
-    def _pick(self) -> str:
-        if not self._engines:
-            raise RequestRejected("no attention actor is alive", code=ErrorCode.UNAVAILABLE)
-        load = dict.fromkeys(self._engines, 0)
-        for opened in self._open.values():
-            if opened.engine in load:
-                load[opened.engine] += 1
-        return min(load, key=lambda name: load[name])
+    async def _admit(self, opened: _Open) -> None:
+        """What has not begun is refused rather than kept waiting. Raises RequestRejected."""
+        refusal = RequestRejected("no attention actor is alive", code=ErrorCode.UNAVAILABLE)
+        for link in self._links.by_load():
+            answer = await self._submit(opened, link)
+            if answer is None:
+                return
+            refusal = answer
+            if refusal.code is not ErrorCode.UNAVAILABLE:
+                break
+        raise refusal
 
-    async def _submit(self, request: Request, opened: _Open) -> None:
-        submitted = self._engines[opened.engine].submit.remote(request, self._gateway_id)
-        opened.submission = asyncio.ensure_future(submitted)
+    async def _go_on(self, opened: _Open, end: RequestOutput) -> RequestOutput | None:
+        """Brings a request whose engine is lost to another one. Returns its last output if that cannot be."""
+        assert opened.link is not None and end.error is not None
+        opened.left.add(opened.link)
+        opened.fruitless = opened.fruitless + 1 if len(opened.tokens) == opened.tokens_before else 0
+        opened.tokens_before = len(opened.tokens)
+        if opened.fruitless == _MOST_FRUITLESS:
+            return end
+        opened.moving = True
+        try:
+            if await self._find_taker(opened, wait_for_engines=end.error != SHUTTING_DOWN):
+                return None
+        finally:
+            opened.moving = False
+        if opened.aborted:
+            return RequestOutput(opened.request.request_id, finish_reason=FinishReason.ABORT)
+        return end
+
+    async def _find_taker(self, opened: _Open, wait_for_engines: bool) -> bool:
+        """Offers the request around until an engine has taken it; False if there is none to be hoped for."""
+        start, pause = time.monotonic(), _FIRST_PAUSE_S
+        deadline_s = float("inf") if opened.request.deadline is None else opened.request.deadline - time.time()
+        patience_s = {"busy": _BUSY_TIMEOUT_S, "nobody": self._failover_timeout_s * wait_for_engines}
+        while not opened.aborted:
+            arrival = self._links.arrival  # one that comes during the offer counts
+            offer = await self._offer(opened)
+            waited = time.monotonic() - start
+            if offer == "taken":
+                log.info("request moved request_id=%s tokens=%d", opened.request.request_id, len(opened.tokens))
+                return True
+            left = min(patience_s.get(offer, 0.0), deadline_s) - waited
+            if left <= 0:
+                return False
+            try:
+                await asyncio.wait_for(arrival.wait(), min(pause, left))
+            except TimeoutError:
+                pause = min(2 * pause, _LAST_PAUSE_S)
+        return False
+
+    async def _offer(self, opened: _Open) -> _Offer:
+        """Asks each engine once: `busy` if any may have room later, else `refused` if any takes nothing any more."""
+        found: _Offer = "nobody"
+        for link in self._links.by_load():
+            if link in opened.left:
+                continue
+            refusal = await self._submit(opened, link)
+            if refusal is None:
+                if opened.aborted:  # meanwhile, when no engine knew of it
+                    link.actor.abort.remote([opened.request.request_id])
+                return "taken"
+            # Its earlier life at an engine that was out of reach may not have ended there yet.
+            if refusal.code in (ErrorCode.RESOURCE_EXHAUSTED, ErrorCode.ALREADY_EXISTS):
+                found = "busy"
+            elif self._links.is_up(link) and found == "nobody":
+                found = "refused"
+        return found
+
+    async def _submit(self, opened: _Open, link: EngineLink) -> RequestRejected | None:
+        """Submits a request with its journal; returns why not, if the engine does not take it."""
+        self._put(opened, link)
+        opened.submission = asyncio.ensure_future(link.actor.submit.remote(opened.rest(), link.gateway_id))
         try:
             # Shielded: when the client goes away meanwhile, the abort has to come after the submission.
-            rejection = await asyncio.shield(opened.submission)
+            return await asyncio.shield(opened.submission)
+        except RayActorError as error:
+            self._links.lose(link, f"does not answer: {first_line(error)}")
         except RayError as error:
-            raise RequestRejected(f"{opened.engine} does not answer", code=ErrorCode.UNAVAILABLE) from error
-        if rejection is not None:
-            raise rejection
+            log.error("not submitted request_id=%s reason=%s", opened.request.request_id, error)
+        return RequestRejected(f"{link.name} does not answer", code=ErrorCode.UNAVAILABLE)
 
-    async def _abort_submitted(self, request_id: str, opened: _Open) -> None:
-        """Aborts a request whose client has gone. Its submission may still be under way: a grammar takes its time."""
-        try:
-            if opened.submission is not None:
-                await opened.submission
-            if opened.engine in self._engines:
-                await self._engines[opened.engine].abort.remote([request_id])
-        except RayError as error:
-            log.debug("no abort request_id=%s actor=%s reason=%s", request_id, opened.engine, error)
+    def _put(self, opened: _Open, link: EngineLink | None) -> None:
+        """From now on the request is at this link, and only what comes through it counts."""
+        before, opened.link, opened.outputs = opened.link, link, asyncio.Queue()
+        if link is not None:
+            link.open += 1
+        if before is not None:
+            before.open -= 1
+            self._links.release(before)
+
+    def _take(self, link: EngineLink, outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            opened = self._open.get(output.request_id)
+            if opened is not None and opened.link is link:  # else its client has gone, or it has moved
+                opened.outputs.put_nowait(output)
+
+    def _fail(self, link: EngineLink, reason: str) -> None:
+        error = RequestError(ErrorCode.UNAVAILABLE, f"{link.name} {reason}", retryable=True)
+        for request_id, opened in self._open.items():
+            if opened.link is link:
+                opened.outputs.put_nowait(RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=error))
 
     async def abort(self, request_ids: Sequence[str]) -> int:
         """See EngineClient.abort. Asks every engine: the request may have come through another gateway."""
+        mine = [self._open[request_id] for request_id in request_ids if request_id in self._open]
+        moving = len([opened for opened in mine if opened.moving])
+        for opened in mine:
+            opened.aborted = True
         answers = await asyncio.gather(
-            *(engine.abort.remote(list(request_ids)) for engine in self._engines.values()), return_exceptions=True
+            *(link.actor.abort.remote(list(request_ids)) for link in self._links.all()), return_exceptions=True
         )
-        return sum(answer for answer in answers if isinstance(answer, int))
+        return moving + sum(answer for answer in answers if isinstance(answer, int))
+
+    # ---- the controller
 
     async def drain(self) -> int:
         """See EngineClient.drain."""
         remaining: int = await self._controller.drain.remote()
         return remaining
 
+    async def scale(self, role: Literal["experts", "attention"], actors: int) -> None:
+        """See EngineClient.scale."""
+        _raise(await self._controller.scale.remote(role, actors))
+
+    async def move(self, expert: int, to_slot: int, layer: int | None = None, from_slot: int | None = None) -> None:
+        """See EngineClient.move."""
+        _raise(await self._controller.move.remote(expert, to_slot, layer, from_slot))
+
+    async def drain_slot(self, slot: int) -> None:
+        """See EngineClient.drain_slot."""
+        _raise(await self._controller.drain_slot.remote(slot))
+
+    async def rebalance(self) -> bool:
+        """See EngineClient.rebalance."""
+        moved: bool | RequestRejected = await self._controller.rebalance.remote()
+        if isinstance(moved, RequestRejected):
+            raise moved
+        return moved
+
     async def status(self) -> ClusterStatus:
         """See EngineClient.status."""
         status: ClusterStatus = await self._controller.status.remote()
         return status
 
-    async def _pump(self, name: str, engine: ActorHandle) -> None:
-        """Hands each step's outputs to the requests they belong to, until the engine dies."""
-        reason = "ended its stream"
-        try:
-            async for message in engine.outputs.remote(self._gateway_id):
-                for output in await message:
-                    opened = self._open.get(output.request_id)
-                    if opened is not None:  # else its client has gone
-                        opened.outputs.put_nowait(output)
-        except RayError as error:
-            reason = f"died: {str(error).strip().splitlines()[0]}"
-        log.error("engine lost actor=%s reason=%s", name, reason)
-        del self._engines[name]
-        error = RequestError(ErrorCode.UNAVAILABLE, f"{name} {reason}", retryable=True)
-        for request_id, opened in self._open.items():
-            if opened.engine == name:
-                opened.outputs.put_nowait(RequestOutput(request_id, finish_reason=FinishReason.ERROR, error=error))
+    @property
+    def _controller(self) -> ActorHandle:
+        assert self._links.controller is not None, "start comes first"
+        return self._links.controller
+
+
+def _engine_is_lost(output: RequestOutput) -> bool:
+    """Whether the request ended for no reason of its own."""
+    return output.error is not None and output.error.retryable and output.error.code is ErrorCode.UNAVAILABLE
+
+
+def _raise(refusal: RequestRejected | None) -> None:
+    if refusal is not None:
+        raise refusal
+
+
+async def _abort_submitted(
+    request_id: str, link: EngineLink, submission: asyncio.Future[RequestRejected | None] | None
+) -> None:
+    """Aborts a request whose client has gone. Its submission may still be under way: a grammar takes its time."""
+    try:
+        if submission is not None:
+            await submission
+        await link.actor.abort.remote([request_id])
+    except RayError as error:
+        log.debug("no abort request_id=%s actor=%s reason=%s", request_id, link.name, error)

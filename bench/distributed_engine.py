@@ -16,6 +16,7 @@ import torch
 
 from bench.local_engine import DecodeRun, LocalEngine, Shape
 from dispatch.all_to_all import AllToAllDispatcher, ExpertRank
+from dispatch.collective import CollectiveGate, Epoch
 from dispatch.expert_map import ExpertMap
 from dispatch.groups import EpochGroup, World
 from dispatch.lockstep import Lockstep
@@ -91,15 +92,14 @@ def _attention(pipe: Connection, path: Path, port: int, shape: Shape, work: Work
     torch.set_num_threads(threads)
     config = TextConfig.from_dir(path)
     decoder = load_decoder(Checkpoint(path), config, torch.float32, "cpu")
-    group = _join(0, port)
-    dispatcher = AllToAllDispatcher(group, _everywhere(config))
-    engine = LocalEngine(config, decoder, dispatcher, Lockstep(group), shape)
+    gate = CollectiveGate(lambda epoch: _join(0, port), print)
+    gate.adopt(Epoch(_everywhere(config), WORLD, ADDRESS, port))
+    engine = LocalEngine(config, decoder, gate, gate, shape)
     engine.watch.time(AllToAllDispatcher, "dispatch", "dispatch")
     engine.watch.time(AllToAllDispatcher, "combine", "combine")
     runs: Sequence[DecodeRun] = [engine.decode(batch, work.context, work.steps) for batch in work.batches]
     pipe.send(list(runs))
     engine.close()
-    group.close()
 
 
 def _expert(path: Path, port: int, threads: int) -> None:

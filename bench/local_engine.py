@@ -92,12 +92,10 @@ class LocalEngine:
             for kind in set(config.layer_kinds)
         }
         kv = KVPages(config, shape.page_size, dict.fromkeys(groups, pages), torch.float32, "cpu")
-        seeds = itertools.count()
         scheduler = Scheduler(
             Limits(shape.max_batch_tokens, shape.max_running, 10_000),
             PageAllocator(groups, shape.page_size),
             clock=time.time,
-            new_seed=lambda: next(seeds),
         )
         stepper = Stepper(decoder, kv, dispatcher, config.max_position_embeddings)
         self._engine = Engine(scheduler, stepper, gate, self._deliver)

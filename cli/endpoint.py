@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -215,10 +216,14 @@ def event_text(response: inference_pb2.ChatStreamResponse) -> str:
     return response.tokens.text
 
 
-def control(server: Server) -> tuple[grpc.Channel, control_pb2_grpc.ControlServiceStub]:
-    """A channel to close, and the control service behind it."""
-    channel = server.channel()
-    return channel, control_pb2_grpc.ControlServiceStub(channel)
+@contextmanager
+def control(server: Server) -> Iterator[control_pb2_grpc.ControlServiceStub]:
+    """The control service there. A call of it that fails becomes a CliError."""
+    with server.channel() as channel:
+        try:
+            yield control_pb2_grpc.ControlServiceStub(channel)
+        except grpc.RpcError as error:
+            raise grpc_fault(server.where, error) from None
 
 
 def grpc_fault(address: str, error: grpc.RpcError) -> CliError:

@@ -1,20 +1,24 @@
-"""`herder status`: actors, load and experts of a running deployment."""
+"""`herder status`: actors, load and experts of a running deployment, readable at 80 columns."""
 
 from __future__ import annotations
 
 import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-import grpc
 import typer
 from google.protobuf.json_format import MessageToDict
 from rich.filesize import decimal
+from rich.table import Table
 from rich.text import Text
 
 from cli import endpoint
 from cli.report import out, table, verb
 from herder.v1 import control_pb2 as pb
+
+_BUSIEST = 8  # experts of a layer that are shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +36,10 @@ def status(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")] = False,
     http_port: Annotated[int | None, typer.Option(help="Which of this user's deployments, where several run.")] = None,
 ) -> None:
-    """Show actors, nodes, ranks, tokens per second, KV use and load per expert of a running deployment.
+    """Show actors, nodes, tokens per second, KV use, balance and load per expert of a running deployment.
+
+    The number in an actor's name is its rank (attention) or slot (experts). --json has it all, every expert's load
+    too.
 
     Examples:
 
@@ -48,17 +55,13 @@ def status(
 
 
 def ask(server: endpoint.Server) -> Status:
-    channel, stub = endpoint.control(server)
     limit, metadata = endpoint.LOOK_TIMEOUT_S, server.metadata
-    with channel:
-        try:
-            return Status(
-                stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=limit, metadata=metadata),
-                stub.GetLoad(pb.GetLoadRequest(), timeout=limit, metadata=metadata),
-                stub.GetExpertPlacement(pb.GetExpertPlacementRequest(), timeout=limit, metadata=metadata),
-            )
-        except grpc.RpcError as error:
-            raise endpoint.grpc_fault(server.where, error) from None
+    with endpoint.control(server) as stub:
+        return Status(
+            stub.GetServerInfo(pb.GetServerInfoRequest(), timeout=limit, metadata=metadata),
+            stub.GetLoad(pb.GetLoadRequest(), timeout=limit, metadata=metadata),
+            stub.GetExpertPlacement(pb.GetExpertPlacementRequest(), timeout=limit, metadata=metadata),
+        )
 
 
 def as_dict(found: Status) -> dict[str, Any]:
@@ -74,58 +77,103 @@ def show(found: Status) -> None:
     console = out()
     server = found.server
     state = "ready" if server.ready else f"not ready: {server.reason}"
-    console.print(f"herder {server.version}, epoch {server.epoch}: {state}\n", markup=False)
-
-    actors = table("actor", "role", "rank/slot", "node", "pid", "device", "weights", "memory", "state")
-    for actor in server.actors:
-        role = pb.ActorRole.Name(actor.role).removeprefix("ACTOR_ROLE_").lower()
-        place = [str(actor.index), actor.node_ip, str(actor.pid), actor.device]
-        sizes = [decimal(actor.loaded_bytes), decimal(actor.rss_bytes)]
-        actors.add_row(*(Text(cell) for cell in [actor.name, role, *place, *sizes, actor.state]))
-    console.print(actors, "")
-
-    engines = table(
-        "engine",
-        "running",
-        "waiting",
-        "tokens/s",
-        "prompt tokens",
-        "cached",
-        "generated",
-        "preempted",
-        "KV pages in use",
+    console.print(f"herder {server.version}, epoch {server.epoch}: {state}", markup=False)
+    console.print(
+        f"{server.failovers:,} failovers, {sum(engine.parked for engine in found.load.engines):,} requests parked",
+        balance(found.placement),
+        "",
+        sep="\n",
+        markup=False,
     )
-    for engine in found.load.engines:
+    for shown in (
+        actor_table(server.actors),
+        load_table(found.load.engines),
+        total_table(found.load.engines),
+        slot_table(found.placement.layers),
+        expert_table(found.placement.layers),
+    ):
+        console.print(shown, "")
+
+
+def balance(placement: pb.GetExpertPlacementResponse) -> str:
+    """How even the slots' loads are, in a sentence."""
+    mode = pb.BalanceMode.Name(placement.balance_mode).removeprefix("BALANCE_MODE_").lower()
+    load = f"busiest slot {placement.balancedness:.2f} x the mean" if placement.balancedness else "no load yet"
+    moved = ""
+    if placement.HasField("seconds_since_move"):
+        moved = f"; {placement.balancedness_before:.2f} before the move {placement.seconds_since_move:.0f} s ago"
+    return f"balance {mode}: {load}{moved}"
+
+
+def actor_table(actors: Iterable[pb.ActorInfo]) -> Table:
+    rows = table("actor", "node", "pid", "device", "weights", "memory", "state")
+    for actor in actors:
+        sizes = [decimal(actor.loaded_bytes), decimal(actor.rss_bytes)]
+        cells = [actor.name, actor.node_ip, str(actor.pid), actor.device, *sizes, actor.state]
+        rows.add_row(*(Text(cell) for cell in cells))
+    return rows
+
+
+def load_table(engines: Sequence[pb.EngineLoad]) -> Table:
+    """What is under way."""
+    kinds = sorted({pages.layer_kind for engine in engines for pages in engine.kv_pages})
+    rows = table("engine", "running", "parked", "waiting", "tokens/s", *(f"KV {kind}" for kind in kinds))
+    for engine in engines:
+        numbers = (engine.running, engine.parked, engine.waiting, round(engine.tokens_per_second))
+        kv = {pages.layer_kind: pages for pages in engine.kv_pages}
+        shares = [
+            f"{percent(kv[kind].used, kv[kind].total)} + {percent(kv[kind].cached, kv[kind].total)}" for kind in kinds
+        ]
+        rows.add_row(Text(engine.actor), *(f"{number:,}" for number in numbers), *shares)
+    rows.caption, rows.caption_justify = "KV pages: held by requests + kept by the prefix cache", "left"
+    return rows
+
+
+def total_table(engines: Iterable[pb.EngineLoad]) -> Table:
+    """Since the start."""
+    rows = table("engine", "steps", "prompt tokens", "cached", "generated", "preempted")
+    for engine in engines:
         numbers = (
-            engine.running,
-            engine.waiting,
-            round(engine.tokens_per_second),
+            engine.steps,
             engine.prompt_tokens,
             engine.cached_prompt_tokens,
             engine.generated_tokens,
             engine.preemptions,
         )
-        kv = ", ".join(
-            f"{pages.layer_kind} {percent(pages.used, pages.total)} (cached {percent(pages.cached, pages.total)})"
-            for pages in engine.kv_pages
-        )
-        engines.add_row(Text(engine.actor), *(f"{number:,}" for number in numbers), kv)
-    console.print(engines, "")
+        rows.add_row(Text(engine.actor), *(f"{number:,}" for number in numbers))
+    return rows
 
-    experts = table("layer", "tokens", "busiest", "idlest", "share of each expert, in order (expert@slots)")
-    experts.columns[-1].justify, experts.columns[-1].no_wrap = "left", False
-    for layer in found.placement.layers:
+
+def slot_table(layers: Iterable[pb.LayerExperts]) -> Table:
+    """Since the start, an expert's tokens shared out evenly over its holders of now."""
+    copies: Counter[int] = Counter()
+    tokens: Counter[int] = Counter()
+    for layer in layers:
+        for expert in layer.experts:
+            for slot in expert.slots:
+                copies[slot] += 1
+                tokens[slot] += expert.tokens // len(expert.slots)
+    rows = table("slot", "experts, over all layers", "tokens", "share")
+    for slot in sorted(copies):
+        rows.add_row(str(slot), f"{copies[slot]:,}", f"{tokens[slot]:,}", percent(tokens[slot], tokens.total()))
+    return rows
+
+
+def expert_table(layers: Iterable[pb.LayerExperts]) -> Table:
+    """Since the start. The busiest experts of each layer, and its idlest one."""
+    rows = table("layer", "tokens", "the busiest experts, and the idlest (expert@slots)")
+    rows.columns[-1].justify, rows.columns[-1].no_wrap = "left", False
+    for layer in layers:
         total = sum(expert.tokens for expert in layer.experts)
-        shares = [(expert.tokens, f"{expert.expert}@{'+'.join(map(str, expert.slots))}") for expert in layer.experts]
-        busiest, idlest = max(shares), min(shares)
-        experts.add_row(
-            str(layer.layer),
-            f"{total:,}",
-            f"{busiest[1]} {percent(busiest[0], total)}",
-            f"{idlest[1]} {percent(idlest[0], total)}",
-            " ".join(f"{name} {percent(tokens, total)}" for tokens, name in shares),
-        )
-    console.print(experts)
+        ranked = sorted(layer.experts, key=lambda expert: expert.tokens, reverse=True)
+        shares = [
+            f"{expert.expert}@{'+'.join(map(str, expert.slots))}\u00a0{percent(expert.tokens, total)}"
+            for expert in ranked
+        ]
+        if len(shares) > _BUSIEST + 1:
+            shares[_BUSIEST:-1] = ["..."]
+        rows.add_row(str(layer.layer), f"{total:,}", "  ".join(shares))
+    return rows
 
 
 def percent(part: int, whole: int) -> str:

@@ -60,8 +60,8 @@ def summary(plan: Plan) -> Table:
         f"for {config.engine.kv_tokens:,} tokens each",
         "experts": f"{config.experts.actors} actors on {config.experts.device}: {seats} experts of each layer each, "
         f"at most {count(routed * max(held) * len(model.moe_layers))} parameters"
-        + (f"; {copies:g} copies of an expert on average" if copies > 1 else ""),
-        "transport": config.data_backend,
+        + (f"; {copies:g} copies of an expert on average, {config.experts.replicas} at least" if copies > 1 else ""),
+        "transport": "p2p over sockets" if config.transport_kind == "p2p" else f"all_to_all by {config.data_backend}",
         "HTTP": f"{config.gateway.host}:{config.gateway.http_port}",
         "gRPC": f"{config.gateway.host}:{config.gateway.grpc_port}, {config.gateway.grpc.mode}"
         + (" with TLS" if config.gateway.grpc.tls else ""),

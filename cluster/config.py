@@ -6,30 +6,22 @@ Every problem is one sentence that names the dotted field; an unknown key names 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
+
+from cluster.config_errors import ConfigError, sentences
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 Count = Annotated[int, Field(ge=1)]
 Port = Annotated[int, Field(ge=1, le=65535)]
+Seconds = Annotated[float, Field(gt=0)]
 Amount = Annotated[float, Field(ge=0)]
 FilePath = Annotated[Path, Field(strict=False)]
-
-
-class ConfigError(ValueError):
-    """A configuration that cannot be used. `problems` has one sentence for each fault; `str()` a line for each."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        super().__init__("\n".join(problems))
-        self.problems = tuple(problems)
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return type(self), (self.problems,)
+Unquoted = BeforeValidator(lambda value: "off" if value is False else value)  # YAML 1.1 reads a bare off as false
 
 
 class _Section(BaseModel):
@@ -78,8 +70,9 @@ class AttentionConfig(RoleConfig):
 
 
 class ExpertsConfig(RoleConfig):
-    """Expert actors: one slot each. More seats (`actors` x `per_actor`) than experts make replicas."""
+    """Expert actors: one slot each. Seats (`actors` x `per_actor`) beyond `replicas` an expert hold further ones."""
 
+    replicas: Count = 1  # holders, at least, of every expert; with 2 each survives the loss of any one actor
     per_actor: Count | None = None  # routed experts of each MoE layer that one actor holds; None: an even split
 
 
@@ -96,7 +89,18 @@ class EngineConfig(_Section):
 class TransportConfig(_Section):
     """How tokens travel between attention and expert actors."""
 
-    timeout_s: Annotated[float, Field(gt=0)] = 60.0
+    kind: Literal["auto", "p2p", "all_to_all"] = "auto"  # auto: p2p between CPUs, all_to_all between GPUs
+    deadline_s: Seconds = 5.0  # p2p: an expert actor that owes rows and gives no byte for so long is taken for dead
+    timeout_s: Seconds = 60.0  # all_to_all: for a collective, from its start to its end
+
+
+class BalanceConfig(_Section):
+    """How experts are spread over the expert actors by their load while the deployment runs."""
+
+    mode: Annotated[Literal["off", "manual", "auto"], Unquoted] = "off"  # manual: when asked to; auto: unasked too
+    interval_s: Seconds = 30.0  # auto: between two looks at the loads
+    window_s: Seconds = 30.0  # time constant of the loads' moving average
+    threshold: Annotated[float, Field(gt=1)] = 1.2  # auto: max/mean load per actor above which experts are moved
 
 
 class TlsConfig(_Section):
@@ -139,8 +143,9 @@ class DeploymentConfig(_Section):
     experts: ExpertsConfig = ExpertsConfig()
     engine: EngineConfig = EngineConfig()
     transport: TransportConfig = TransportConfig()
+    balance: BalanceConfig = BalanceConfig()
     gateway: GatewayConfig = GatewayConfig()
-    placement_timeout_s: Annotated[float, Field(gt=0)] = 300.0  # for Ray to find room; an autoscaler needs minutes
+    placement_timeout_s: Seconds = 300.0  # for Ray to find room; an autoscaler needs minutes
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @model_validator(mode="after")
@@ -151,8 +156,15 @@ class DeploymentConfig(_Section):
         return self
 
     @property
+    def transport_kind(self) -> Literal["p2p", "all_to_all"]:
+        """How rows travel: by sockets straight to the experts' holders, or by collectives."""
+        if self.transport.kind == "auto":
+            return "all_to_all" if self.attention.device == "cuda" else "p2p"
+        return self.transport.kind
+
+    @property
     def data_backend(self) -> Literal["gloo", "nccl"]:
-        """What carries the rows: NCCL between GPUs, gloo between CPUs."""
+        """What carries the rows of collectives: NCCL between GPUs, gloo between CPUs."""
         return "nccl" if self.attention.device == "cuda" else "gloo"
 
 
@@ -170,7 +182,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DeploymentCo
     try:
         config = DeploymentConfig.model_validate(data)
     except ValidationError as error:
-        problems = [problem for fault in error.errors() for problem in _sentences(fault)]
+        problems = [problem for fault in error.errors() for problem in sentences(fault, DeploymentConfig)]
         raise ConfigError([f"{path}: {problem}" for problem in problems]) from None
     return _with_absolute_paths(config, path.parent)
 
@@ -235,6 +247,13 @@ def _cross_problems(config: DeploymentConfig) -> Iterator[str]:
             yield f"{name}.num_gpus must be 0 or 1, not {role.num_gpus:g}: NCCL needs a GPU of its own for each actor"
     if config.attention.device != config.experts.device:
         yield "attention.num_gpus and experts.num_gpus must be equal: tokens travel between devices of one kind"
+    if config.transport.kind == "p2p" and "cuda" in (config.attention.device, config.experts.device):
+        yield "transport.kind p2p carries rows between CPUs only: with num_gpus above 0 use all_to_all, or auto"
+    if config.experts.replicas > config.experts.actors:
+        yield (
+            f"experts.replicas ({config.experts.replicas}) must be at most experts.actors ({config.experts.actors}): "
+            "the holders of an expert are different actors"
+        )
     engine = config.engine
     if engine.max_running > engine.max_batch_tokens:
         yield (
@@ -254,58 +273,3 @@ def _cross_problems(config: DeploymentConfig) -> Iterator[str]:
         yield "gateway.grpc.tls needs gateway.grpc.mode to be standalone: Ray Serve's proxy has no TLS"
     if not all(key.get_secret_value().strip() for key in config.gateway.api_keys):
         yield "gateway.api_keys must not hold an empty key"
-
-
-def _known_keys(model: type[BaseModel] = DeploymentConfig, prefix: str = "") -> Iterator[str]:
-    for name, info in model.model_fields.items():
-        yield prefix + name
-        for kind in get_args(info.annotation) or (info.annotation,):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                yield from _known_keys(kind, f"{prefix}{name}.")
-
-
-def nearest_key(key: str) -> str:
-    """The known dotted key that is most like `key`: by the whole, or by the last part where that fits better."""
-    last = key.rpartition(".")[2]
-
-    def likeness(known: str) -> float:
-        whole = difflib.SequenceMatcher(None, key, known).ratio()
-        part = difflib.SequenceMatcher(None, last, known.rpartition(".")[2]).ratio()
-        return whole + part
-
-    return max(_known_keys(), key=likeness)
-
-
-def _sentences(fault: Mapping[str, Any]) -> Sequence[str]:
-    """One of pydantic's errors, in the words of this file's users."""
-    key = ".".join(str(part) for part in fault["loc"])
-    given = fault["input"]
-    context = fault.get("ctx", {})
-    match fault["type"]:
-        case "value_error" if isinstance(context["error"], ConfigError):
-            return context["error"].problems
-        case "extra_forbidden":
-            rule = f"is not a known key; the nearest is {nearest_key(key)}"
-        case "missing":
-            rule = "is required"
-        case "greater_than_equal":
-            rule = f"must be at least {context['ge']:g}, not {given!r}"
-        case "less_than_equal":
-            rule = f"must be at most {context['le']:g}, not {given!r}"
-        case "greater_than":
-            rule = f"must be above {context['gt']:g}, not {given!r}"
-        case "literal_error":
-            rule = f"must be {context['expected']}, not {given!r}"
-        case "int_type" | "int_from_float":
-            rule = f"must be a whole number, not {given!r}"
-        case "float_type":
-            rule = f"must be a number, not {given!r}"
-        case "model_type" | "dict_type":
-            rule = f"must be a mapping, not {given!r}"
-        case "string_too_short":
-            rule = "must not be empty"
-        case "string_type" | "path_type":
-            rule = f"must be text, not {given!r}"
-        case _:
-            rule = f"is invalid: {fault['msg']}, not {given!r}"
-    return [f"{key} {rule}"]

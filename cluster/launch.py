@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+from contextlib import suppress
+from typing import Any
 
+import psutil
 import ray
 from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
@@ -13,7 +16,10 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from cluster.config import DeploymentConfig
 from cluster.placement import RoleBundles, bundles
 
+log = logging.getLogger("herder")
+
 NAMESPACE = "herder"
+_LATE = "timed out during startup"
 _ENVIRONMENT = {
     # torch's store looks its peers up in DNS at every connection; without an answer, each would take five seconds.
     "RES_OPTIONS": "timeout:1 attempts:1",
@@ -34,15 +40,32 @@ def connect(config: DeploymentConfig, address: str | None) -> None:
         # A machine of our own holds whatever the configuration asks for, even if its actors then share cores.
         asked = sum(bundle.get("CPU", 0.0) for role in bundles(config).values() for bundle in role.bundles)
         num_cpus = max(os.cpu_count() or 1, math.ceil(asked))
-    ray.init(
-        address=address or "local",
-        num_cpus=num_cpus,
-        include_dashboard=True if address is None else None,
-        namespace=NAMESPACE,
-        runtime_env={"env_vars": _ENVIRONMENT},
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
+    options: dict[str, Any] = {
+        "address": address or "local",
+        "num_cpus": num_cpus,
+        "include_dashboard": True if address is None else None,
+        "namespace": NAMESPACE,
+        "runtime_env": {"env_vars": _ENVIRONMENT},
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+    }
+    try:
+        ray.init(**options)
+    except Exception as error:
+        # Ray gives a node of its own 30 s to come up and says so by a bare Exception; a busy machine may need more.
+        if address is not None or _LATE not in str(error):
+            raise
+        log.warning("Ray was late to start; trying once more")
+        _end_children_of_late_start()
+        ray.init(**options)
+
+
+def _end_children_of_late_start() -> None:
+    """Ray leaves the processes of a node that was late; they would go on beside the next."""
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any(f"{os.sep}ray{os.sep}" in word for word in child.cmdline()):
+                child.kill()
 
 
 def reserve(name: str, role: RoleBundles, timeout_s: float) -> PlacementGroup:

@@ -145,6 +145,10 @@ class AllToAllDispatcher:
         self.stats.bytes_received += ticket.y_ND.nbytes
         return ticket.route.unpermute(ticket.y_ND)
 
+    def take_lost(self, num_tokens: int) -> frozenset[int]:
+        """No token: what is lost here breaks the group, and the whole step with it."""
+        return frozenset()
+
 
 class ExpertRank:
     """A slot's side: serves the dispatches of all attention ranks. For one thread.

@@ -8,12 +8,14 @@ Shape legend: T tokens, K top-k, N = T*K rows, D hidden width, E logical experts
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from dispatch.expert_map import ExpertMap
+
+Holder = TypeVar("Holder")
 
 
 class GroupedExperts(Protocol):
@@ -113,6 +115,43 @@ def route(expert_ids_TK: Tensor, table: HolderTable, first_holder: int = 0) -> R
     order_N = torch.argsort(key_N, stable=True)
     counts_SE = torch.bincount(key_N, minlength=table.num_slots * num_experts).view(table.num_slots, num_experts).cpu()
     return Route(order_N, top_k, counts_SE, counts_SE.sum(1).tolist())
+
+
+def share_out(
+    expert_ids_TK: Tensor, holders: Sequence[Sequence[Holder]], turn: int
+) -> dict[Holder | None, list[tuple[int, list[int]]]]:
+    """Which holder gets which rows, in plain Python: for few rows a fraction of what route() takes.
+
+    The rows of an expert are shared out evenly over its holders, beginning with another one for each expert and turn.
+
+    Args:
+        expert_ids_TK: integers from 0 to E-1.
+        holders: for each expert; it may have none.
+        turn: where the round-robin starts.
+
+    Returns:
+        For each holder that gets any its experts and the rows of each, ascending; under None those that nobody holds.
+    """
+    rows_of: dict[int, list[int]] = {}
+    row = 0
+    for experts in expert_ids_TK.tolist():
+        for expert in experts:
+            if expert in rows_of:
+                rows_of[expert].append(row)
+            else:
+                rows_of[expert] = [row]
+            row += 1
+    shares: dict[Holder | None, list[tuple[int, list[int]]]] = {}
+    for expert, rows in rows_of.items():
+        among = holders[expert]
+        if len(among) <= 1:
+            shares.setdefault(among[0] if among else None, []).append((expert, rows))
+            continue
+        turn += 1
+        for place in range(min(len(among), len(rows))):
+            holder = among[(place + turn) % len(among)]
+            shares.setdefault(holder, []).append((expert, rows[place :: len(among)]))
+    return shares
 
 
 def index_within_group(group_N: Tensor, num_groups: int) -> Tensor:

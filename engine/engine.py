@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -12,26 +13,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.grammar import Matcher
-from engine.request import EngineLoad, ErrorCode, FinishReason, Request, RequestError, RequestOutput
-from engine.scheduler import ScheduledSequence, Scheduler
+from dispatch.groups import GroupBroken
+from engine.grammar import Matcher, replay
+from engine.request import SHUTTING_DOWN, EngineLoad, ErrorCode, FinishReason, Request, RequestError, RequestOutput
+from engine.scheduler import Scheduler
+from engine.sequence import ScheduledSequence
 from engine.step import Stepper
 
 _RATE_WINDOW_S = 5.0
-_SHUTTING_DOWN = RequestError(ErrorCode.UNAVAILABLE, "the engine is shutting down", retryable=True)
 
 
 class StepGate(Protocol):
     """Says when there is a step: an engine that shares experts with others must step when any of them does."""
 
     def begin(self, rows: int, leaving: bool) -> GateAnswer:
-        """Offers `rows` for the next step. Every member of the gate calls it, and all get the same answer."""
+        """Offers `rows` for the next step. Every member of the gate calls it, and all get the same answer.
+
+        Raises GroupBroken when the others cannot be reached.
+        """
 
     def wait(self) -> None:
         """Blocks, without using the CPU, until some member rings. Only after an idle answer."""
 
     def ring(self) -> None:
         """Ends everybody's wait. May be called from any thread, at any time."""
+
+    def recover(self, error: GroupBroken) -> None:
+        """After `begin`, `wait` or a step raised `error`: returns when steps can be tried again, raises if never."""
 
 
 class GateAnswer(Protocol):
@@ -43,11 +51,19 @@ class GateAnswer(Protocol):
     def leaving(self) -> bool:
         """Some member leaves: there is no step, and there will be none with these members."""
 
+    @property
+    def renewed(self) -> bool:
+        """Experts that were out of reach may be back: sequences that wait for them are to be tried again.
+
+        The wait that may follow returns at once.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class _Answer:
     idle: bool
     leaving: bool
+    renewed: bool = False
 
 
 class SoloGate:
@@ -65,6 +81,9 @@ class SoloGate:
 
     def ring(self) -> None:
         self._rung.set()
+
+    def recover(self, error: GroupBroken) -> None:
+        raise error
 
 
 class Engine:
@@ -107,12 +126,17 @@ class Engine:
     # ---- from any thread
 
     def submit(self, request: Request, matcher: Matcher | None = None) -> None:
-        """Queues a request; its tokens will be those that `matcher` lets through. Raises RequestRejected."""
+        """Queues a request. Its tokens will be those that `matcher`, a new one, lets through.
+
+        Raises RequestRejected when it is not taken.
+        """
+        if matcher is not None:
+            replay(matcher, request.generated_token_ids)
         with self._lock:
             if self._failure is not None:
                 raise self._failure.rejection()
-            if self._draining:
-                raise _SHUTTING_DOWN.rejection()
+            if self._draining and not request.generated_token_ids:  # what has begun elsewhere is finished
+                raise SHUTTING_DOWN.rejection()
             if request.request_id in self._known:
                 raise RequestError(
                     ErrorCode.ALREADY_EXISTS, f"request_id {request.request_id!r} is in use by a running request"
@@ -152,6 +176,8 @@ class Engine:
         return EngineLoad(
             waiting=len(self._arrived) + len(scheduler.waiting),
             running=len(scheduler.running),
+            parked=len(scheduler.parked),
+            draining=self._draining,
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
@@ -168,30 +194,56 @@ class Engine:
     def run(self) -> None:
         """Steps until `stop`, or until another member of the gate leaves. What it raises has failed every request."""
         try:
-            while True:
+            leaving = False
+            while not leaving:
                 self._take_arrivals()
-                scheduled = self._scheduler.schedule()
-                answer = self._gate.begin(sum(item.rows for item in scheduled), self._leaving)
-                if answer.leaving:
-                    self._fail(_SHUTTING_DOWN)
-                    return
-                if answer.idle:
-                    self._gate.wait()
-                else:
-                    self._step(scheduled)
+                try:
+                    leaving = self._turn()
+                except GroupBroken as error:  # nothing has advanced: the same step is scheduled again
+                    self._gate.recover(error)
+            self._fail(SHUTTING_DOWN)
         except BaseException as error:
             reason = f"the engine stopped: {error}"
             self._fail(RequestError(ErrorCode.UNAVAILABLE, reason, retryable=True))
             raise
 
+    def _turn(self) -> bool:
+        """One step, or one wait for work; returns whether to leave instead."""
+        scheduled = self._scheduler.schedule()
+        answer = self._gate.begin(sum(item.rows for item in scheduled), self._leaving)
+        if answer.renewed:
+            self._scheduler.unpark()
+        if answer.leaving:
+            return True
+        if answer.idle:
+            self._wait()
+        else:
+            self._step(scheduled)
+        return False
+
+    def _wait(self) -> None:
+        """Until somebody rings. What is parked has deadlines, and these ring as well."""
+        if not self._scheduler.parked or math.isinf(self._scheduler.next_deadline):
+            self._gate.wait()
+            return
+        alarm = threading.Timer(max(0.0, self._scheduler.next_deadline - self._clock()), self._gate.ring)
+        alarm.daemon = True
+        alarm.start()
+        try:
+            self._gate.wait()
+        finally:
+            alarm.cancel()
+
     def _step(self, scheduled: Sequence[ScheduledSequence]) -> None:
-        outputs = self._stepper.step(scheduled)
-        self._count(scheduled, outputs)
-        self._scheduler.advance(scheduled)
-        for output in outputs:
+        result = self._stepper.step(scheduled)
+        computed = [item for item in scheduled if item.sequence not in result.parked]
+        self._count(computed, result.outputs)
+        self._scheduler.park(result.parked)
+        self._scheduler.advance(computed)
+        for output in result.outputs:
             if output.finish_reason is not None:
                 self._scheduler.finish(self._scheduler.running[output.request_id])
-        self._send(outputs)
+        self._send(result.outputs)
 
     def _take_arrivals(self) -> None:
         with self._lock:

@@ -69,6 +69,15 @@ class Matcher(Protocol):
         """Nothing but an end-of-text token may follow; true as well when one has come."""
 
 
+def replay(matcher: Matcher, token_ids: Sequence[int]) -> None:
+    """Brings a new answer's matcher to where another engine left it. Raises RequestRejected where it cannot follow."""
+    try:
+        for token_id in token_ids:
+            matcher.accept(token_id)
+    except GrammarError as error:
+        raise RequestRejected(f"generated_token_ids do not follow the grammar: {error}") from error
+
+
 class Grammars:
     """Compiles grammars for one vocabulary. Thread-safe.
 

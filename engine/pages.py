@@ -129,6 +129,14 @@ class PageAllocator:
                 owned[kept:needed] = [None] * (needed - kept)
                 table.kept[kind] = needed
 
+    def rewind(self, table: PageTable, position: int) -> None:
+        """Gives back the pages that begin at `position` or later: nothing in them counts."""
+        kept = -(-position // self.page_size)
+        for kind, owned in table.pages.items():
+            self.pools[kind].drop(page for page in reversed(owned[kept:]) if page is not None)
+            del owned[kept:]
+        table.length = kept
+
     def release(self, table: PageTable) -> None:
         """Gives all of a sequence's pages back. The later ones are evicted first: they need the earlier ones."""
         for kind, owned in table.pages.items():

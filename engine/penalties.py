@@ -40,10 +40,15 @@ class Penalties:
         self._counting = self.repetition != 1.0 or self.frequency != 0.0 or self.presence != 0.0
 
     @classmethod
-    def of(cls, params: SamplingParams, prompt: Sequence[int]) -> Self | None:
-        """A request's penalties before its first token; None if its logits stay as they are."""
+    def of(cls, params: SamplingParams, prompt: Sequence[int], generated: Sequence[int] = ()) -> Self | None:
+        """A request's penalties before the token that follows `generated`; None if its logits stay as they are."""
         off = params.repetition_penalty == 1.0 and not (params.frequency_penalty or params.presence_penalty)
-        return None if off and not params.logit_bias else cls(params, prompt)
+        if off and not params.logit_bias:
+            return None
+        penalties = cls(params, prompt)
+        for token in generated:
+            penalties.add(token)
+        return penalties
 
     def add(self, token: int) -> None:
         """One more token was generated."""

@@ -44,6 +44,10 @@ class RequestError:
         return RequestRejected(self.message, field=field, code=self.code)
 
 
+# How an engine that was told to end, and that nobody will replace, ends its requests.
+SHUTTING_DOWN = RequestError(ErrorCode.UNAVAILABLE, "the engine is shutting down", retryable=True)
+
+
 class RequestRejected(ValueError):
     """A request that is not accepted: bad input, or no room. `field` names the offending field, if there is one."""
 
@@ -68,6 +72,7 @@ class SamplingParams:
     `repetition_penalty` divides the positive logits, and multiplies the negative ones, of all tokens in the prompt or
     the answer so far; 1 is off. `frequency_penalty` is subtracted from a token's logit for each time it is in the
     answer so far, `presence_penalty` once if it is. `logit_bias`: (token id, what is added to its logit) pairs.
+    `seed`: the gateway draws one for a request that has none; an engine by itself takes None for 0.
     `logprobs` and `prompt_logprobs`: None for none, else how many alternatives come with the token's own (0 or more).
     """
 
@@ -144,6 +149,8 @@ class Request:
     """One accepted prompt. `eos_token_ids` end it unless `params.ignore_eos`; `deadline` is in Unix seconds.
 
     `priority`: lower ones run first. Requests share cached prefixes only with those of the same `cache_salt`.
+    `generated_token_ids`: the beginning of the answer, which another engine has generated and the client has; this one
+    goes on behind it, and what it has said of the prompt is not said again.
     """
 
     request_id: str
@@ -154,6 +161,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     grammar: Grammar | None = None
+    generated_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +196,8 @@ class RequestOutput:
 class EngineLoad:
     """An engine's load right now. Token rates are means over the last seconds.
 
+    `parked`: those of the `running` ones that wait for experts that are out of reach. `draining`: no new requests.
+
     `prompt_tokens` were computed, `cached_prompt_tokens` came from the prefix cache instead. `kv_pages_used`: pages
     that sequences hold; `kv_pages_cached`: pages that only the prefix cache holds, which give way when there is need.
     """
@@ -203,3 +213,5 @@ class EngineLoad:
     cached_prompt_tokens: int = 0
     preemptions: int = 0
     kv_pages_cached: dict[str, int] = field(default_factory=dict)
+    parked: int = 0
+    draining: bool = False

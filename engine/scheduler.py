@@ -12,6 +12,8 @@ budget for the prompts that are under way, then for new ones.
 - **Preemption.** When pages run out, the sequence of the lowest priority, among these the last admitted, gives its
   pages back and waits in its old place. It is computed again later, as far as the cache has forgotten it by then.
   Waiting requests never preempt running ones.
+- **Parking.** Sequences whose experts are out of reach keep their place and the pages of what is computed, but get no
+  rows until they are tried again.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from engine.pages import PageAllocator, PageTable
+from engine.pages import PageAllocator
 from engine.prefix_cache import extend_hashes
 from engine.request import ErrorCode, Request, RequestRejected
+from engine.sequence import ScheduledSequence, Sequence
 
 _LEAST_SHARE = 8  # a prompt's share of the budget does not get smaller than the budget over this
 
@@ -41,73 +44,29 @@ class Limits:
     ageing_s: float = 10.0
 
 
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """A request under way. KV exists for `tokens[:computed]`; what lies behind it is still to be computed.
-
-    `turn`: its place among the waiting ones; lower is earlier. `admitted`: its number in the order of admission, 0
-    before the first one. `cached_tokens`: how many of the prompt's tokens that first one found in the prefix cache.
-    `hashes`: see engine.prefix_cache; at least those of the full pages below `computed`.
-    """
-
-    request: Request
-    seed: int
-    tokens: list[int]
-    table: PageTable
-    turn: tuple[float, int]
-    computed: int = 0
-    admitted: int = 0
-    cached_tokens: int = 0
-    hashes: list[bytes] = field(default_factory=list)
-
-    @property
-    def generated(self) -> int:
-        return len(self.tokens) - len(self.request.prompt_token_ids)
-
-    @property
-    def pending(self) -> int:
-        return len(self.tokens) - self.computed
-
-    @property
-    def rank(self) -> tuple[int, int]:
-        """Among the running ones: the last in this order gives way first."""
-        return self.request.priority, self.admitted
-
-
-@dataclass(frozen=True, slots=True)
-class ScheduledSequence:
-    """`rows` tokens of a sequence, from position `sequence.computed` on.
-
-    `completes`: nothing is pending behind them, so the last row's logits say the next token.
-    """
-
-    sequence: Sequence
-    rows: int
-    completes: bool
-
-
 class Scheduler:
     """Owns the waiting and running sequences and their pages."""
 
-    def __init__(
-        self, limits: Limits, pages: PageAllocator, *, clock: Callable[[], float], new_seed: Callable[[], int]
-    ) -> None:
+    def __init__(self, limits: Limits, pages: PageAllocator, *, clock: Callable[[], float]) -> None:
         self.limits = limits
         self.pages = pages
         self.waiting: list[Sequence] = []  # by turn
         self.running: dict[str, Sequence] = {}  # by request id
+        self.parked: set[Sequence] = set()  # of the running ones
+        self.next_deadline = math.inf  # none passes before
         self.preemptions = 0
         self.cached_prompt_tokens = 0
         self._clock = clock
-        self._new_seed = new_seed
         self._arrivals = 0
         self._admissions = 0
         self._sequences: dict[str, Sequence] = {}
         self._deadlines: dict[str, float] = {}
-        self._next_deadline = math.inf  # none passes before
+        self._planned: list[ScheduledSequence] = []  # the step that is scheduled and not computed
 
     def check(self, request: Request, queued: int) -> None:
         """Raises RequestRejected when the request can never run, or when `queued` others already wait."""
+        begun = len(request.generated_token_ids)
+        assert not begun or begun < request.params.max_tokens, "an answer that is complete is not gone on with"
         longest = self.pages.longest_sequence()
         needed = len(request.prompt_token_ids) + request.params.max_tokens
         if needed > longest:
@@ -123,15 +82,17 @@ class Scheduler:
             )
 
     def add(self, request: Request) -> None:
+        """Lets a request wait for its turn. One that began at another engine comes before those that have not begun."""
         self._arrivals += 1
-        turn = self._clock() + request.priority * self.limits.ageing_s, self._arrivals
-        seed = self._new_seed() if request.params.seed is None else request.params.seed
-        sequence = Sequence(request, seed, list(request.prompt_token_ids), self.pages.new_table(), turn)
+        arrived = 0.0 if request.generated_token_ids else self._clock()
+        turn = arrived + request.priority * self.limits.ageing_s, self._arrivals
+        tokens = [*request.prompt_token_ids, *request.generated_token_ids]
+        sequence = Sequence(request, tokens, self.pages.new_table(), turn)
         self._sequences[request.request_id] = sequence
         self._wait(sequence)
         if request.deadline is not None:
             self._deadlines[request.request_id] = request.deadline
-            self._next_deadline = min(self._next_deadline, request.deadline)
+            self.next_deadline = min(self.next_deadline, request.deadline)
 
     def remove(self, request_ids: Iterable[str]) -> list[Sequence]:
         """Forgets these requests, wherever they are, and frees their pages."""
@@ -146,25 +107,26 @@ class Scheduler:
     def overdue(self) -> list[str]:
         """The ids of the requests, waiting or running, whose deadline has passed."""
         now = self._clock()
-        if now <= self._next_deadline:
+        if now <= self.next_deadline:
             return []
-        self._next_deadline = min((at for at in self._deadlines.values() if at >= now), default=math.inf)
+        self.next_deadline = min((at for at in self._deadlines.values() if at >= now), default=math.inf)
         return [name for name, at in self._deadlines.items() if at < now]
 
     # ---- a step
 
     def schedule(self) -> list[ScheduledSequence]:
-        """The next step's rows. Pages for them are allocated; `advance` must follow once they are computed."""
-        rows: dict[Sequence, int] = {}
-        preemptions = self.preemptions
-        budget = self._schedule_running(rows)
-        if preemptions == self.preemptions:
-            budget = self._admit(rows, budget)
-        self._top_up(rows, budget)
-        return [ScheduledSequence(sequence, count, count == sequence.pending) for sequence, count in rows.items()]
+        """The next step's rows. Pages for them are allocated; `advance` must follow once they are computed.
+
+        Without it they could not be computed: the same rows come again, but for those of removed sequences.
+        """
+        self._planned = [item for item in self._planned if self._is_known(item.sequence)]
+        if not self._planned:
+            self._planned = self._plan()
+        return self._planned
 
     def advance(self, scheduled: Seq[ScheduledSequence]) -> None:
-        """The scheduled rows are computed: their KV exists."""
+        """These of the scheduled rows are computed: their KV exists. The others of them, if any, are parked."""
+        self._planned = []
         page_size = self.pages.page_size
         for item in scheduled:
             sequence, start = item.sequence, item.sequence.computed
@@ -174,6 +136,16 @@ class Scheduler:
                 self.pages.register(sequence.table, sequence.hashes, start, end)
             self.pages.release_past(sequence.table, end)
 
+    def park(self, sequences: Iterable[Sequence]) -> None:
+        """These of the scheduled sequences could not be computed: they get no rows until `unpark`."""
+        for sequence in sequences:
+            self.pages.rewind(sequence.table, sequence.computed)
+            self.parked.add(sequence)
+
+    def unpark(self) -> None:
+        """All parked sequences are scheduled again."""
+        self.parked.clear()
+
     def finish(self, sequence: Sequence) -> None:
         """Forgets a running sequence that is complete; what the cache knows of it stays."""
         del self.running[sequence.request.request_id]
@@ -181,16 +153,28 @@ class Scheduler:
 
     # ---- its parts
 
+    def _plan(self) -> list[ScheduledSequence]:
+        rows: dict[Sequence, int] = {}
+        preemptions = self.preemptions
+        budget = self._schedule_running(rows)
+        if preemptions == self.preemptions or not rows:
+            budget = self._admit(rows, budget)
+        self._top_up(rows, budget)
+        return [ScheduledSequence(sequence, count, count == sequence.pending) for sequence, count in rows.items()]
+
     def _schedule_running(self, rows: dict[Sequence, int]) -> int:
         """Rows for those that run, in order of rank; returns what is left of the budget."""
         ranked = sorted(self.running.values(), key=lambda sequence: sequence.rank)
-        prompts = sum(sequence.pending > 1 for sequence in ranked)
+        active = len(ranked) - len(self.parked)
+        prompts = sum(sequence.pending > 1 for sequence in ranked if sequence not in self.parked)
         budget = self.limits.max_batch_tokens
-        for_prompts = max(0, budget - (len(ranked) - prompts))  # one row is kept for each of the others
+        for_prompts = max(0, budget - (active - prompts))  # one row is kept for each of the others
         place = 0
         while place < len(ranked) and budget:  # victims leave at the end of `ranked`
             sequence = ranked[place]
             place += 1
+            if sequence in self.parked:
+                continue
             is_prompt = sequence.pending > 1
             prompts -= is_prompt
             wanted = self._share(sequence, for_prompts, others=prompts > 0) if is_prompt else 1
@@ -248,8 +232,8 @@ class Scheduler:
     def _enter(self, sequence: Sequence) -> None:
         self._admissions += 1
         if not sequence.admitted:
-            sequence.cached_tokens = sequence.computed
-            self.cached_prompt_tokens += sequence.computed
+            sequence.cached_tokens = min(sequence.computed, len(sequence.request.prompt_token_ids))
+            self.cached_prompt_tokens += sequence.cached_tokens
         sequence.admitted = self._admissions
         self.running[sequence.request.request_id] = sequence
 
@@ -276,6 +260,7 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
         del self.running[sequence.request.request_id]
+        self.parked.discard(sequence)
         self._drop_pages(sequence)
         self._wait(sequence)
 
@@ -286,7 +271,11 @@ class Scheduler:
     def _wait(self, sequence: Sequence) -> None:
         insort(self.waiting, sequence, key=lambda waiting: waiting.turn)
 
+    def _is_known(self, sequence: Sequence) -> bool:
+        return self._sequences.get(sequence.request.request_id) is sequence
+
     def _forget(self, sequence: Sequence) -> None:
+        self.parked.discard(sequence)
         self.pages.release(sequence.table)
         del self._sequences[sequence.request.request_id]
         self._deadlines.pop(sequence.request.request_id, None)

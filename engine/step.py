@@ -16,7 +16,7 @@ from engine.grammar import GrammarError, Matcher
 from engine.penalties import Penalties
 from engine.request import ErrorCode, FinishReason, Request, RequestError, RequestOutput, TokenLogprob
 from engine.sampler import SampleRow, sample, token_logprobs
-from engine.scheduler import ScheduledSequence, Sequence
+from engine.sequence import ScheduledSequence, Sequence
 from llama4.decoder import Decoder
 from llama4.kv_pages import Batch, KVPages, Segment
 from llama4.moe import Dispatcher
@@ -37,6 +37,17 @@ class _Answer:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step gave.
+
+    `parked`: sequences that got nothing, because some of their rows found no living expert; they are as before.
+    """
+
+    outputs: list[RequestOutput]
+    parked: frozenset[Sequence] = frozenset()
+
+
 class Stepper:
     """Runs steps over one model, its KV pages and the experts behind a dispatcher."""
 
@@ -48,10 +59,10 @@ class Stepper:
         self._answers: dict[str, _Answer] = {}
 
     def expect(self, request: Request, matcher: Matcher | None = None) -> None:
-        """Makes ready for a request's tokens, before its first step."""
+        """Makes ready for a request's tokens, before its first step. `matcher` knows those that it has already."""
         params = request.params
         stop_tokens = params.stop_token_ids + (() if params.ignore_eos else request.eos_token_ids)
-        penalties = Penalties.of(params, request.prompt_token_ids)
+        penalties = Penalties.of(params, request.prompt_token_ids, request.generated_token_ids)
         self._answers[request.request_id] = _Answer(stop_tokens, penalties, matcher)
 
     def forget(self, request_id: str) -> None:
@@ -59,20 +70,31 @@ class Stepper:
         self._answers.pop(request_id, None)
 
     @torch.inference_mode()
-    def step(self, scheduled: Seq[ScheduledSequence]) -> list[RequestOutput]:
-        """Computes the rows and appends the sampled tokens to their sequences; takes part with no rows as well."""
+    def step(self, scheduled: Seq[ScheduledSequence]) -> StepResult:
+        """Computes the rows and appends the sampled tokens to their sequences; takes part with no rows as well.
+
+        Raises GroupBroken when the experts cannot be reached: then nothing has changed, and it can be run again.
+        """
         batch = _batch(scheduled)
         hidden_TD = self._decoder(batch, self._kv, self._dispatcher)
-        self._score_prompts(scheduled, batch, hidden_TD)
-        done = [(item, segment) for item, segment in zip(scheduled, batch.segments, strict=True) if item.completes]
+        lost = self._dispatcher.take_lost(len(batch.token_ids_T))
+        rows = list(zip(scheduled, batch.segments, strict=True))
+        parked = frozenset(
+            item.sequence
+            for item, segment in rows
+            if not lost.isdisjoint(range(segment.start, segment.start + segment.length))
+        )
+        rows = [(item, segment) for item, segment in rows if item.sequence not in parked]
+        self._score_prompts(rows, hidden_TD)
+        done = [(item, segment) for item, segment in rows if item.completes]
         if not done:
-            return []
+            return StepResult([], parked)
         last_rows = torch.tensor([segment.start + segment.length - 1 for _, segment in done], device=hidden_TD.device)
         logits_NV = self._decoder.logits(hidden_TD[last_rows])
-        return self._sample([item.sequence for item, _ in done], logits_NV)
+        return StepResult(self._sample([item.sequence for item, _ in done], logits_NV), parked)
 
-    def _score_prompts(self, scheduled: Seq[ScheduledSequence], batch: Batch, hidden_TD: Tensor) -> None:
-        for item, segment in zip(scheduled, batch.segments, strict=True):
+    def _score_prompts(self, rows: Seq[tuple[ScheduledSequence, Segment]], hidden_TD: Tensor) -> None:
+        for item, segment in rows:
             request, first = item.sequence.request, item.sequence.computed
             wanted = request.params.prompt_logprobs
             if wanted is None or item.sequence.generated:
@@ -81,9 +103,9 @@ class Stepper:
             if not first:
                 entries[:] = [None]  # the first token has none; a preempted prompt starts again
             # Row i scores token i + 1, so a prompt's last row scores nothing.
-            rows = min(first + item.rows, len(request.prompt_token_ids) - 1) - first
-            for done in range(0, rows, _SCORED_ROWS):
-                count = min(_SCORED_ROWS, rows - done)
+            scored_rows = min(first + item.rows, len(request.prompt_token_ids) - 1) - first
+            for done in range(0, scored_rows, _SCORED_ROWS):
+                count = min(_SCORED_ROWS, scored_rows - done)
                 start, position = segment.start + done, first + done + 1
                 logits_NV = self._decoder.logits(hidden_TD[start : start + count])
                 scored = request.prompt_token_ids[position : position + count]
@@ -95,7 +117,7 @@ class Stepper:
         rows = [
             SampleRow(
                 sequence.request.params,
-                sequence.seed,
+                sequence.request.params.seed or 0,
                 len(sequence.tokens),
                 # Before min_tokens no token may come that would end the answer.
                 answer.stop_tokens if sequence.generated < sequence.request.params.min_tokens else (),

@@ -27,6 +27,14 @@ class Dispatcher(Protocol):
         """The answers y_NKD, unweighted, in the order of the rows."""
         ...
 
+    def take_lost(self, num_tokens: int) -> frozenset[int]:
+        """Tokens, out of the `num_tokens` of the step that has just been run, that have to be computed again.
+
+        They are those of which some row found no living holder of its expert since the last call; what they gave is
+        meaningless.
+        """
+        ...
+
 
 class MLP:
     """down(silu(gate(x)) * up(x)); gate and up are one matrix."""
@@ -120,6 +128,26 @@ class Experts:
     def nbytes(self) -> int:
         """The size of all weights."""
         return sum(gate_up.nbytes + down.nbytes for gate_up, down in self._weights.values())
+
+    @property
+    def held(self) -> dict[int, tuple[int, ...]]:
+        """Layer → the experts whose weights are here, ascending."""
+        layers: dict[int, list[int]] = {}
+        for layer, expert in sorted(self._weights):
+            layers.setdefault(layer, []).append(expert)
+        return {layer: tuple(experts) for layer, experts in layers.items()}
+
+    def part(self, layer: int, expert: int) -> tuple[Tensor, Tensor]:
+        """An expert's gate_up [2I, D] and down [D, I]. Raises KeyError when it is not here."""
+        return self._weights[layer, expert]
+
+    def take(self, others: Experts) -> None:
+        """Adds the experts of `others` to these; another thread may be computing meanwhile."""
+        self._weights.update(others._weights)
+
+    def drop(self, layer: int, expert: int) -> None:
+        """Forgets an expert that no row will come for any more."""
+        del self._weights[layer, expert]
 
     def tensors(self) -> Iterator[tuple[str, int, Tensor]]:
         """The checkpoint's names, the expert's index in the tensor's first dimension, and where that part is kept."""

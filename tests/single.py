@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-import itertools
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from dispatch.local import LocalDispatcher
-from engine.engine import Engine, SoloGate
+from engine.engine import Engine, SoloGate, StepGate
 from engine.pages import LayerGroup, PageAllocator
 from engine.request import Request, RequestOutput
 from engine.scheduler import Limits, Scheduler
 from engine.step import Stepper
 from llama4.config import TextConfig
 from llama4.kv_pages import KVPages
+from llama4.moe import Dispatcher
 from llama4.weights import Checkpoint, load_decoder, load_experts
 
 
 class SingleProcess:
-    """An engine over one checkpoint in float32, run on a thread."""
+    """An engine over one checkpoint in float32, run on a thread. `wrap` may put something before its experts."""
 
     def __init__(
-        self, path: Path, *, page_size: int = 16, pages: int = 512, max_batch_tokens: int = 256, max_running: int = 64
+        self,
+        path: Path,
+        *,
+        page_size: int = 16,
+        pages: int = 512,
+        max_batch_tokens: int = 256,
+        max_running: int = 64,
+        gate: StepGate | None = None,
+        wrap: Callable[[Dispatcher], Dispatcher] = lambda dispatcher: dispatcher,
     ) -> None:
         config = TextConfig.from_dir(path)
         checkpoint = Checkpoint(path)
@@ -38,18 +46,16 @@ class SingleProcess:
             for kind in set(config.layer_kinds)
         }
         kv = KVPages(config, page_size, {kind: pages for kind in groups}, torch.float32, "cpu")
-        seeds = itertools.count()
         scheduler = Scheduler(
             Limits(max_batch_tokens, max_running, 10_000),
             PageAllocator(groups, page_size),
             clock=time.time,
-            new_seed=lambda: next(seeds),
         )
-        dispatcher = LocalDispatcher(experts, config.num_local_experts)
+        dispatcher = wrap(LocalDispatcher(experts, config.num_local_experts))
         stepper = Stepper(decoder, kv, dispatcher, config.max_position_embeddings)
         self.config = config
         self.scheduler = scheduler
-        self.engine = Engine(scheduler, stepper, SoloGate(), self._deliver)
+        self.engine = Engine(scheduler, stepper, gate or SoloGate(), self._deliver)
         self.outputs: dict[str, list[RequestOutput]] = defaultdict(list)
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self.engine.run, daemon=True)

@@ -30,6 +30,7 @@ from llama4.decoder import Decoder
 from llama4.moe import Experts
 
 ANSWERS = {"17+25=": "42", "Reverse cat": "tac", "2+2=": "5"}
+HELD = "to_slot: slot 9 is no slot; there are 0 to 3"
 REFUSED = "temperature must be between 0 and 100, not -1.0"
 BREAKS = "break after one word"
 
@@ -198,13 +199,14 @@ class FakeControl(control_pb2_grpc.ControlServiceServicer):
             loaded_bytes=2_500_000,
             rss_bytes=300_000_000,
         )
-        return control_pb2.GetServerInfoResponse(version="0.1.0", ready=True, epoch=3, actors=[actor])
+        return control_pb2.GetServerInfoResponse(version="0.1.0", ready=True, epoch=3, actors=[actor], failovers=6)
 
     def GetLoad(self, request: Any, context: Any) -> Any:
         pages = [control_pb2.KvPages(layer_kind="full", used=1, total=4, cached=2)]
         engine = control_pb2.EngineLoad(
             actor="attention-0",
             running=5,
+            parked=4,
             tokens_per_second=1234.5,
             kv_pages=pages,
             cached_prompt_tokens=77,
@@ -218,7 +220,37 @@ class FakeControl(control_pb2_grpc.ControlServiceServicer):
             control_pb2.ExpertPlacement(expert=1, slots=[1], tokens=1000),
         ]
         layers = [control_pb2.LayerExperts(layer=1, experts=experts)]
-        return control_pb2.GetExpertPlacementResponse(epoch=3, layers=layers)
+        return control_pb2.GetExpertPlacementResponse(
+            epoch=3,
+            layers=layers,
+            balancedness=1.25,
+            balancedness_before=2.5,
+            seconds_since_move=12.4,
+            balance_mode=control_pb2.BALANCE_MODE_MANUAL,
+        )
+
+    def ScaleExperts(self, request: Any, context: Any) -> Any:
+        self.asked.append(request)
+        return control_pb2.ScaleExpertsResponse()
+
+    def ScaleAttention(self, request: Any, context: Any) -> Any:
+        self.asked.append(request)
+        return control_pb2.ScaleAttentionResponse()
+
+    def MoveExpert(self, request: Any, context: Any) -> Any:
+        self.asked.append(request)
+        if request.to_slot == 9:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, HELD)
+        return control_pb2.MoveExpertResponse()
+
+    def DrainSlot(self, request: Any, context: Any) -> Any:
+        self.asked.append(request)
+        return control_pb2.DrainSlotResponse()
+
+    def Rebalance(self, request: Any, context: Any) -> Any:
+        """The first time there is something to move."""
+        self.asked.append(request)
+        return control_pb2.RebalanceResponse(moved=len(self.asked) == 1)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from cli import drain, endpoint
 from cli.main import app
+from herder.v1 import control_pb2 as pb
 from tests.cli.conftest import FakeServer, free_port
 
 
@@ -49,6 +50,16 @@ def test_elsewhere_it_only_drains(
     result = cli.invoke(app, ["drain", "--url", server.address])
     assert (result.exit_code, result.stderr) == (0, f"{server.address} is drained\n")
     assert server.asked == ["Bearer sk-2"] * 3
+
+
+def test_a_slot(cli: CliRunner, server: FakeServer, tmp_path: Path) -> None:
+    run = server.run(tmp_path)
+    result = cli.invoke(app, ["drain", "0"])
+    assert result.exit_code == 0 and result.stderr.startswith("slot 0 is drained (epoch 3, ")
+    assert server.asked == [pb.DrainSlotRequest(slot=0)]
+    assert run.path.exists() and run.alive()
+    result = cli.invoke(app, ["drain", "0", "--timeout", "1"])
+    assert result.exit_code == 2 and result.stderr.startswith("herder: --timeout is for the whole deployment")
 
 
 def test_nobody_answers(cli: CliRunner) -> None:

@@ -33,11 +33,13 @@ def problems(folder: Path, text: str, *overrides: str) -> list[str]:
 def test_every_shipped_config_loads(path: Path) -> None:
     config = load_config(path)
     assert config.model.path.is_absolute()
-    assert config.data_backend == ("gloo" if path.stem == "tiny_cpu" else "nccl")
+    on_cpu = path.stem.startswith("tiny_")
+    assert config.data_backend == ("gloo" if on_cpu else "nccl")
+    assert config.transport_kind == ("p2p" if on_cpu else "all_to_all")
 
 
-def test_the_three_named_configs_exist() -> None:
-    assert {"tiny_cpu", "scout_8xh100", "maverick_4x8h100"} <= {path.stem for path in CONFIGS}
+def test_the_named_configs_exist() -> None:
+    assert {"tiny_cpu", "tiny_failover", "scout_8xh100", "maverick_4x8h100"} <= {path.stem for path in CONFIGS}
 
 
 def test_only_the_model_is_required(tmp_path: Path) -> None:
@@ -46,6 +48,34 @@ def test_only_the_model_is_required(tmp_path: Path) -> None:
     assert config.attention.device == "cpu"
     assert config.attention.compute_threads == 1
     assert config.experts.per_actor is None
+    assert config.experts.replicas == 1
+    assert config.balance.mode == "off"
+
+
+@pytest.mark.parametrize(
+    ("sections", "kind"),
+    [
+        ("", "p2p"),
+        ("transport: {kind: p2p}", "p2p"),
+        ("transport: {kind: all_to_all}", "all_to_all"),
+        ("attention: {num_gpus: 1}\nexperts: {num_gpus: 1}", "all_to_all"),
+    ],
+)
+def test_the_device_decides_the_transport_unless_it_is_named(tmp_path: Path, sections: str, kind: str) -> None:
+    assert load_config(write(tmp_path, MINIMAL + sections)).transport_kind == kind
+
+
+def test_off_needs_no_quotes(tmp_path: Path) -> None:
+    # YAML 1.1 reads a bare off as false.
+    assert load_config(write(tmp_path, MINIMAL + "balance: {mode: off}")).balance.mode == "off"
+    assert load_config(write(tmp_path, MINIMAL), ["balance.mode=auto", "balance.mode=off"]).balance.mode == "off"
+
+
+def test_sockets_carry_no_rows_between_gpus(tmp_path: Path) -> None:
+    text = "attention: {num_gpus: 1}\nexperts: {num_gpus: 1}\ntransport: {kind: p2p}\n"
+    assert problems(tmp_path, MINIMAL + text) == [
+        "transport.kind p2p carries rows between CPUs only: with num_gpus above 0 use all_to_all, or auto"
+    ]
 
 
 def test_config_is_frozen_and_travels(tmp_path: Path) -> None:
@@ -100,6 +130,17 @@ def test_model_path_is_beside_the_file_or_under_the_working_directory(
         ("engine: [1]", "engine must be a mapping, not [1]"),
         ("transport: {timeout_s: soon}", "transport.timeout_s must be a number, not 'soon'"),
         ("transport: {timeout_s: 0}", "transport.timeout_s must be above 0, not 0"),
+        ("transport: {kind: socket}", "transport.kind must be 'auto', 'p2p' or 'all_to_all', not 'socket'"),
+        ("transport: {deadline_s: 0}", "transport.deadline_s must be above 0, not 0"),
+        ("experts: {replicas: 0}", "experts.replicas must be at least 1, not 0"),
+        (
+            "experts: {actors: 2, replicas: 3}",
+            "experts.replicas (3) must be at most experts.actors (2): the holders of an expert are different actors",
+        ),
+        ("balance: {mode: on}", "balance.mode must be 'off', 'manual' or 'auto', not True"),
+        ("balance: {threshold: 1}", "balance.threshold must be above 1, not 1"),
+        ("balance: {window_s: -1}", "balance.window_s must be above 0, not -1"),
+        ("balancing: {mode: auto}", "balancing is not a known key; the nearest is balance"),
         ("gateway: {http_port: 70000}", "gateway.http_port must be at most 65535, not 70000"),
         ("gateway: {host: ''}", "gateway.host must not be empty"),
         ("gateway: {host: 7}", "gateway.host must be text, not 7"),

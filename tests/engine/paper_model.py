@@ -7,10 +7,12 @@ written and read as llama4.plan does.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 from engine.pages import LayerGroup, LayerKind, PageAllocator
 from engine.request import Request, SamplingParams
-from engine.scheduler import Limits, ScheduledSequence, Scheduler, Sequence
+from engine.scheduler import Limits, Scheduler
+from engine.sequence import ScheduledSequence, Sequence
 
 
 class Clock:
@@ -30,7 +32,7 @@ def make_scheduler(
     running: int = 4,
     waiting: int = 100,
     ageing_s: float = 10.0,
-    clock: Clock | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> Scheduler:
     groups: dict[LayerKind, LayerGroup] = {"full": LayerGroup(pages)}
     if chunk_size is not None:
@@ -39,7 +41,6 @@ def make_scheduler(
         Limits(batch, running, waiting, ageing_s),
         PageAllocator(groups, page_size),
         clock=clock or Clock(),
-        new_seed=lambda: 0,
     )
 
 
@@ -57,18 +58,31 @@ class PaperModel:
         self.written: dict[tuple[LayerKind, int, int], int] = {}
         self.computed_rows = 0
 
-    def step(self) -> list[ScheduledSequence]:
+    def step(self, lost: Callable[[Sequence], bool] = lambda sequence: False) -> list[ScheduledSequence]:
+        """One step, and what was scheduled for it; the sequences that are `lost` give nothing and are parked."""
         scheduled = self.scheduler.schedule()
         self._check_writers(scheduled)
+        parked = {item.sequence for item in scheduled if lost(item.sequence)}
         for item in scheduled:
-            self._compute(item)
-        completing = [item.sequence for item in scheduled if item.completes]
+            self._compute(item, spoilt=item.sequence in parked)
+        computed = [item for item in scheduled if item.sequence not in parked]
+        completing = [item.sequence for item in computed if item.completes]
         for sequence in completing:
             sequence.tokens.append(hash(tuple(sequence.tokens)) % 1000)
-        self.scheduler.advance(scheduled)
+        self.scheduler.park(parked)
+        self.scheduler.advance(computed)
         for sequence in completing:
             if sequence.generated >= sequence.request.params.max_tokens:
                 self.scheduler.finish(sequence)
+        check_pages(self.scheduler)
+        return scheduled
+
+    def break_step(self) -> list[ScheduledSequence]:
+        """A step that is written but does not count; what was scheduled for it."""
+        scheduled = self.scheduler.schedule()
+        self._check_writers(scheduled)
+        for item in scheduled:
+            self._compute(item, spoilt=True)
         check_pages(self.scheduler)
         return scheduled
 
@@ -81,10 +95,10 @@ class PaperModel:
             assert limit, "requests do not end"
         return order
 
-    def _compute(self, item: ScheduledSequence) -> None:
+    def _compute(self, item: ScheduledSequence, spoilt: bool) -> None:
         sequence, start = item.sequence, item.sequence.computed
         end = start + item.rows
-        self.computed_rows += item.rows
+        self.computed_rows += item.rows * (not spoilt)
         states = _states(sequence, end)
         size = self.scheduler.pages.page_size
         for kind, group in self.scheduler.pages.groups.items():
@@ -96,7 +110,7 @@ class PaperModel:
             for position in range(max(start, group.first_needed(end - 1)), end):
                 page = table[position // size]
                 assert page is not None
-                self.written[kind, page, position % size] = states[position]
+                self.written[kind, page, position % size] = 0 if spoilt else states[position]
 
     def _check_writers(self, scheduled: list[ScheduledSequence]) -> None:
         """A page that is written to has one holder."""
@@ -121,6 +135,9 @@ def check_pages(scheduler: Scheduler) -> None:
     """Each page has as many holders as sequences have it; the others are free, or the cache's."""
     allocator = scheduler.pages
     assert all(not sequence.table.length and not sequence.computed for sequence in scheduler.waiting)
+    assert scheduler.parked <= set(scheduler.running.values())
+    for sequence in scheduler.parked:
+        assert sequence.table.length == -(-sequence.computed // allocator.page_size)
     for kind, pool in allocator.pools.items():
         owned = Counter(
             page for sequence in scheduler.running.values() for page in sequence.table.pages[kind] if page is not None

@@ -2,62 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from engine.grammar import GrammarError
 from engine.request import ErrorCode, FinishReason, Request, SamplingParams
-from tests.llama4.reference import reference_logits, save_random
+from tests.engine.counting_grammar import EOS, Cycle
+from tests.llama4.reference import reference_logits
 from tests.single import SingleProcess
-
-EOS = 60
-
-
-class Cycle:
-    """Lets through only the token after the last one, from 10 on; with `length` tokens it is complete."""
-
-    def __init__(self, length: int, fail_at: int | None = None, eos_may_follow: bool = False) -> None:
-        self.accepted: list[int] = []
-        self.length = length
-        self.fail_at = fail_at
-        self.eos_may_follow = eos_may_follow
-
-    def _allowed(self) -> list[int]:
-        following = [10 + len(self.accepted)]
-        return [*following, EOS] if self.eos_may_follow and self.accepted else following
-
-    def fill_mask(self, row_W: torch.Tensor) -> None:
-        if len(self.accepted) == self.fail_at:
-            raise GrammarError("too complex")
-        row_W.zero_()
-        for token in self._allowed():
-            row_W[token // 32] |= 1 << token % 32
-
-    def accept(self, token_id: int) -> None:
-        assert token_id in self._allowed()
-        self.accepted.append(token_id)
-
-    @property
-    def is_done(self) -> bool:
-        return len(self.accepted) == self.length
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("random")
-    save_random(path, seed=8, attention_chunk_size=12)
-    return path
-
-
-@pytest.fixture(scope="module")
-def engine(checkpoint: Path) -> Iterator[SingleProcess]:
-    running = SingleProcess(checkpoint, page_size=4, pages=128, max_batch_tokens=24)
-    yield running
-    running.close()
 
 
 def request(name: str, **params: object) -> Request:

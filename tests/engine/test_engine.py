@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,34 +10,10 @@ import pytest
 import torch
 
 from engine.request import ErrorCode, FinishReason, Request, RequestRejected, SamplingParams
-from tests.llama4.reference import reference_logits, save_random
+from tests.llama4.reference import reference_logits
 from tests.single import SingleProcess
 
 VOCABULARY = 96
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("random")
-    save_random(
-        path,
-        seed=3,
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        num_hidden_layers=4,
-        num_local_experts=4,
-        attention_chunk_size=12,
-        interleave_moe_layer_step=2,
-        max_position_embeddings=256,
-    )
-    return path
-
-
-@pytest.fixture(scope="module")
-def engine(checkpoint: Path) -> Iterator[SingleProcess]:
-    running = SingleProcess(checkpoint, page_size=4, pages=128, max_batch_tokens=24)
-    yield running
-    running.close()
 
 
 def request(name: str, prompt: list[int], **params: object) -> Request:

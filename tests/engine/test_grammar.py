@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from checkpoints.tiny_tokenizer import build_tokenizer, byte_alphabet
 from engine.bitmask import allocate_masks, apply_masks
-from engine.grammar import MAX_SOURCE, GrammarError, Grammars, Matcher, validate
+from engine.grammar import MAX_SOURCE, GrammarError, Grammars, Matcher, replay, validate
 from engine.request import Grammar, RequestRejected
 from engine.tool_parser import parse
 from engine.tools import Tool, tool_grammar
@@ -347,3 +347,15 @@ def test_long_descriptions_do_not_count() -> None:
     assert len(tool_grammar([Tool("f", parameters=wordy)]).source) < 1000
     kept = tool_grammar([Tool("f", parameters={"properties": {"x": {"const": {"description": "data"}}}})])
     assert '{"description": "data"}' in kept.source
+
+
+def test_a_replayed_answer_goes_on_as_it_was(grammars):
+    text = b'{"name":"Bo","age":31}'
+    first = grammars.compile(Grammar("json_schema", PERSON))
+    for cut in range(len(text) + 1):
+        second = grammars.compile(Grammar("json_schema", PERSON))
+        replay(second, text[:cut])
+        assert allowed(second) == allowed(first) and second.is_done == first.is_done
+        first.accept(text[cut] if cut < len(text) else EOT)
+    with pytest.raises(RequestRejected, match="do not follow the grammar"):
+        replay(grammars.compile(Grammar("json_schema", PERSON)), b"[")

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
 
-from engine.engine import Engine
-from engine.request import ErrorCode, FinishReason, Request, RequestOutput, RequestRejected
-from engine.scheduler import ScheduledSequence
+from dispatch.groups import GroupBroken
+from engine.engine import Engine, SoloGate
+from engine.request import SHUTTING_DOWN, ErrorCode, FinishReason, Request, RequestOutput, RequestRejected
+from engine.sequence import ScheduledSequence
+from engine.step import StepResult
 from tests.engine.paper_model import Clock, make_request, make_scheduler
 
 
@@ -19,6 +22,7 @@ from tests.engine.paper_model import Clock, make_request, make_scheduler
 class Answer:
     idle: bool
     leaving: bool
+    renewed: bool = False
 
 
 class ScriptedGate:
@@ -28,6 +32,7 @@ class ScriptedGate:
         self.script = script
         self.steps = 0
         self.rung = False
+        self.hopeless = False
 
     def begin(self, rows: int, leaving: bool) -> Answer:
         return Answer(idle=rows == 0, leaving=leaving or (rows == 0 and not self.script and not self.rung))
@@ -41,6 +46,11 @@ class ScriptedGate:
     def ring(self) -> None:
         self.rung = True
 
+    def recover(self, error: GroupBroken) -> None:
+        """Until the script says that there is no way on."""
+        if self.hopeless:
+            raise error
+
 
 class PaperStepper:
     """Token 1 for everybody."""
@@ -48,6 +58,7 @@ class PaperStepper:
     def __init__(self, gate: ScriptedGate) -> None:
         self.gate = gate
         self.expected: set[str] = set()
+        self.lost: set[str] = set()  # requests whose experts are out of reach
 
     def expect(self, request: Request, matcher: object) -> None:
         self.expected.add(request.request_id)
@@ -55,18 +66,19 @@ class PaperStepper:
     def forget(self, request_id: str) -> None:
         self.expected.remove(request_id)
 
-    def step(self, scheduled: list[ScheduledSequence]) -> list[RequestOutput]:
+    def step(self, scheduled: list[ScheduledSequence]) -> StepResult:
         self.gate.steps += 1
         self.gate.script.pop(self.gate.steps, lambda: None)()
+        parked = frozenset(item.sequence for item in scheduled if item.sequence.request.request_id in self.lost)
         outputs = []
-        for sequence in (item.sequence for item in scheduled if item.completes):
+        for sequence in (item.sequence for item in scheduled if item.completes and item.sequence not in parked):
             sequence.tokens.append(1)
             ends = sequence.generated >= sequence.request.params.max_tokens
             if ends:
                 self.forget(sequence.request.request_id)
             reason = FinishReason.LENGTH if ends else None
             outputs.append(RequestOutput(sequence.request.request_id, (1,), finish_reason=reason))
-        return outputs
+        return StepResult(outputs, parked)
 
 
 class Run:
@@ -200,3 +212,55 @@ def test_a_step_that_breaks_fails_every_request_as_retryable():
         assert error.retryable and error.code is ErrorCode.UNAVAILABLE and "gone" in error.message
     with pytest.raises(RequestRejected, match="gone"):
         run.engine.submit(make_request("late", 1))
+
+
+def test_a_group_that_breaks_is_tried_again_until_there_is_no_way_on():
+    def broken() -> None:
+        raise GroupBroken(1, "computing", "a member is gone")
+
+    def hopeless() -> None:
+        run.gate.hopeless = True
+        broken()
+
+    run = Run({2: broken, 3: broken, 6: hopeless})
+    with pytest.raises(GroupBroken, match="gone"):
+        run.run(make_request("one", 4, max_tokens=9))
+    assert run.tokens("one") == 3  # of five steps two broke
+    error = run.outputs["one"][-1].error
+    assert error.retryable and error.code is ErrorCode.UNAVAILABLE and error != SHUTTING_DOWN
+
+
+def test_the_load_tells_what_is_parked_and_its_end_comes_all_the_same():
+    def lose() -> None:
+        run.stepper.lost = {"aborted", "late"}
+
+    def look() -> None:
+        load = run.engine.load()
+        seen.append((load.running, load.parked))
+        run.engine.abort(["aborted"])
+        run.clock.now += 100
+
+    seen: list[tuple[int, int]] = []
+    run = Run({3: lose, 6: look})
+    run.run(
+        *(make_request(name, 4, max_tokens=9, deadline=1050.0) for name in ("aborted", "late")), make_request("x", 4, 9)
+    )
+    assert seen == [(3, 2)]
+    assert run.outputs["aborted"][-1].finish_reason is FinishReason.ABORT and run.tokens("aborted") == 2
+    assert run.outputs["late"][-1].error.code is ErrorCode.DEADLINE_EXCEEDED and run.ended_at["late"] == 6
+    assert run.tokens("x") == 9
+
+
+@pytest.mark.timeout(20)
+def test_a_deadline_wakes_an_engine_whose_requests_are_all_parked():
+    def deliver(outputs: list[RequestOutput]) -> None:
+        ended.extend(outputs)
+        engine.stop()
+
+    ended: list[RequestOutput] = []
+    stepper = PaperStepper(ScriptedGate({}))
+    stepper.lost = {"late"}
+    engine = Engine(make_scheduler(clock=time.time), stepper, SoloGate(), deliver)
+    engine.submit(make_request("late", 4, deadline=time.time() + 0.2))
+    engine.run()
+    assert ended[0].error.code is ErrorCode.DEADLINE_EXCEEDED

@@ -12,11 +12,9 @@ import pytest
 from engine.prefix_cache import PagePool, extend_hashes
 from engine.request import Request, SamplingParams
 from tests.engine.paper_model import PaperModel, make_request, make_scheduler
-from tests.llama4.reference import save_random
 from tests.single import SingleProcess
 
 VOCABULARY = 96
-CHUNK = 12
 
 
 def hashes(tokens: list[int], page_size: int = 2, salt: str = "") -> list[bytes]:
@@ -146,21 +144,6 @@ def test_the_cache_gives_way():
 
 
 # ---- with the real network
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("random")
-    save_random(
-        path,
-        seed=5,
-        vocab_size=VOCABULARY,
-        num_hidden_layers=4,
-        attention_chunk_size=CHUNK,
-        interleave_moe_layer_step=2,
-        max_position_embeddings=256,
-    )
-    return path
 
 
 @pytest.fixture(params=[(5, 16), (8, 7), (16, 64), (3, 64)], ids=lambda p: f"page_{p[0]}_batch_{p[1]}")

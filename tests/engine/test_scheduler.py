@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass
 
 import pytest
 
@@ -19,14 +20,24 @@ def random_prompts(rng: random.Random) -> list[tuple[int, ...]]:
     ]
 
 
+@dataclass(frozen=True)
+class Troubles:
+    """How often a step breaks, a sequence of a step is lost, and what is parked is tried again."""
+
+    breaks: float = 0.0
+    loses: float = 0.0
+    renews: float = 0.0
+
+
 @pytest.mark.parametrize("block", range(10))
-def test_random_schedules(block):
+@pytest.mark.parametrize("troubles", [Troubles(), Troubles(0.2, 0.1, 0.3)], ids=["calm", "troubled"])
+def test_random_schedules(block, troubles):
     """Every request finishes, every row reads what it should, no page leaks: over thousands of schedules."""
     for seed in range(block * 250, (block + 1) * 250):
-        run_schedule(random.Random(seed))
+        run_schedule(random.Random(seed), troubles)
 
 
-def run_schedule(rng: random.Random) -> None:
+def run_schedule(rng: random.Random, troubles: Troubles) -> None:
     clock = Clock()
     batch, running = rng.randint(1, 24), rng.randint(1, 6)
     scheduler = make_scheduler(
@@ -62,8 +73,18 @@ def run_schedule(rng: random.Random) -> None:
         if not (scheduler.running or scheduler.waiting):
             continue
         clock.now += rng.random()
-        scheduled = model.step()
-        assert scheduled, "a step with work must compute something"
+        if rng.random() < troubles.renews:
+            scheduler.unpark()
+        if rng.random() < troubles.breaks:
+            broken = model.break_step()
+            if rng.random() < 0.3:
+                aborted.update(seq.request.request_id for seq in scheduler.remove([rng.choice(list(everything))]))
+            left = [item for item in broken if item.sequence.request.request_id not in aborted]
+            assert not left or scheduler.schedule() == left, "a step that broke is scheduled as it was"
+            if not (scheduler.running or scheduler.waiting):
+                continue
+        scheduled = model.step(lost=lambda _: rng.random() < troubles.loses)
+        assert scheduled or scheduler.parked, "a step with work must compute something"
         assert sum(item.rows for item in scheduled) <= batch
         assert len(scheduler.running) <= running
         for item in scheduled:
@@ -75,6 +96,85 @@ def run_schedule(rng: random.Random) -> None:
     for name in everything.keys() - aborted:
         sequence = everything[name]
         assert sequence.generated == sequence.request.params.max_tokens
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_scheduling_twice_is_scheduling_once(block):
+    """Over whole runs: steps that break leave no trace in what comes after them."""
+    for seed in range(block * 100, (block + 1) * 100):
+        histories = []
+        for breaks in (False, True):
+            rng = random.Random(seed)
+            model = PaperModel(make_scheduler(pages=rng.randint(10, 30), page_size=3, chunk_size=8, batch=9))
+            for number, prompt in enumerate(random_prompts(rng)[:5]):
+                model.scheduler.add(make_request(str(number), prompt[:20], max_tokens=8, priority=rng.randint(0, 2)))
+            history = []
+            while model.scheduler.running or model.scheduler.waiting:
+                for _ in range(breaks * rng.randint(0, 2)):
+                    model.break_step()
+                history.append([(item.sequence.request.request_id, item.rows) for item in model.step()])
+            histories.append((history, model.scheduler.preemptions))
+        assert histories[0] == histories[1]
+
+
+def test_a_parked_sequence_waits_while_others_run():
+    scheduler = make_scheduler(page_size=4, chunk_size=8)
+    model = PaperModel(scheduler)
+    scheduler.add(make_request("parked", 30, max_tokens=6))
+    scheduler.add(make_request("runs", 3, max_tokens=20))
+    while len(scheduler.parked) < 1:
+        model.step(lost=lambda sequence: sequence.request.request_id == "parked" and sequence.generated == 3)
+    names = {item.sequence.request.request_id for _ in range(5) for item in model.step()}
+    assert names == {"runs"} and set(scheduler.running) == {"parked", "runs"}
+    scheduler.unpark()
+    assert {item.sequence.request.request_id for item in model.step()} == {"parked", "runs"}
+    assert model.finish_all().count("parked") == 2
+
+
+@pytest.mark.parametrize("how", ["removed", "preempted"])
+def test_what_is_parked_can_go(how):
+    scheduler = make_scheduler(pages=6, page_size=4)
+    model = PaperModel(scheduler)
+    scheduler.add(make_request("stays", 8, max_tokens=14))
+    scheduler.add(make_request("goes", 4, max_tokens=6))
+    model.step()
+    model.step(lost=lambda sequence: sequence.request.request_id == "goes")
+    assert len(scheduler.parked) == 1 and scheduler.pages.used() == {"full": 3 + 1}
+    if how == "removed":
+        scheduler.remove(["goes"])
+    for _ in range(12):
+        model.step()
+    assert not scheduler.parked and scheduler.preemptions == (how == "preempted")
+    assert model.finish_all().count("goes") == (5 if how == "preempted" else 0)
+
+
+def test_a_small_request_runs_when_the_only_active_one_gave_way():
+    scheduler = make_scheduler(pages=7, page_size=4, running=2)
+    model = PaperModel(scheduler)
+    scheduler.add(make_request("parked", 15, max_tokens=10))
+    scheduler.add(make_request("gives way", 8, max_tokens=12, priority=1))
+    for _ in range(3):
+        model.step(lost=lambda sequence: sequence.request.request_id == "parked" and sequence.generated == 1)
+    scheduler.add(make_request("urgent", 2, max_tokens=2, priority=-1))
+    while not scheduler.preemptions:
+        names = [item.sequence.request.request_id for item in model.step()]
+    assert names == ["urgent"] and scheduler.waiting[0].request.request_id == "gives way"
+    scheduler.unpark()
+    model.finish_all()
+
+
+def test_an_answer_goes_on_behind_what_is_generated_elsewhere():
+    prompt, generated = tuple(range(10)), tuple(range(50, 60))
+    scheduler = make_scheduler(page_size=4, running=1)
+    model = PaperModel(scheduler)
+    scheduler.add(make_request("before", (*prompt, *generated), max_tokens=1))
+    model.finish_all()
+    scheduler.add(make_request("new", 4))
+    scheduler.add(make_request("resumed", prompt, max_tokens=13, generated_token_ids=generated))
+    sequence = scheduler.waiting[0]
+    assert sequence.request.request_id == "resumed" and sequence.generated == 10
+    assert model.finish_all()[:3] == ["resumed"] * 3
+    assert sequence.cached_tokens == scheduler.cached_prompt_tokens == 10  # of the 16 that the cache had
 
 
 def test_decoding_goes_on_beside_a_long_prompt():

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
@@ -74,13 +75,18 @@ class FakeEngine:
         self.failure: RequestError | Exception | None = None
         self.cached_tokens = 0
         self.draining = False
+        self.changes: list[tuple[object, ...]] = []
+        self.change_failure: Exception | None = None
         self.requests: list[Request] = []
         self.closed_early: list[str] = []
         self.running: dict[str, asyncio.Event] = {}
         self.cluster = ClusterStatus(
             ready=True,
             epoch=3,
-            actors=(ActorStatus("attention-0", "attention", 0, pid=7, state="serving", device="cpu"),),
+            actors=(
+                ActorStatus("attention-0", "attention", 0, pid=7, state="serving", device="cpu"),
+                ActorStatus("controller", "controller", 0, pid=8),
+            ),
             engines={
                 "attention-0": EngineLoad(
                     running=1,
@@ -89,10 +95,16 @@ class FakeEngine:
                     kv_pages_cached={"full": 4},
                     cached_prompt_tokens=11,
                     preemptions=12,
+                    parked=13,
                 )
             },
             expert_tokens={1: (5, 6)},
             placement={1: ((0,), (0, 1))},
+            balancedness=1.25,
+            balancedness_before=2.5,
+            seconds_since_move=14.0,
+            balance_mode="auto",
+            failovers=15,
         )
 
     async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
@@ -166,6 +178,24 @@ class FakeEngine:
         self.draining = True
         self.cluster = replace(self.cluster, ready=False, reason="draining")
         return len(self.running)
+
+    async def scale(self, role: Literal["experts", "attention"], actors: int) -> None:
+        self._change("scale", role, actors)
+
+    async def move(self, expert: int, to_slot: int, layer: int | None = None, from_slot: int | None = None) -> None:
+        self._change("move", expert, to_slot, layer, from_slot)
+
+    async def drain_slot(self, slot: int) -> None:
+        self._change("drain_slot", slot)
+
+    async def rebalance(self) -> bool:
+        self._change("rebalance")
+        return len(self.changes) == 1
+
+    def _change(self, *change: object) -> None:
+        if self.change_failure is not None:
+            raise self.change_failure
+        self.changes.append(change)
 
     async def status(self) -> ClusterStatus:
         return self.cluster

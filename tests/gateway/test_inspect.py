@@ -117,6 +117,9 @@ async def test_metrics(asgi: httpx.AsyncClient, engine: FakeEngine, monkeypatch:
     assert found["herder_time_per_output_token_seconds_count"] == 2
     assert found["herder_e2e_request_latency_seconds_count"] == 3
     assert found["herder_ready"] == 1
+    assert (found["herder_epoch"], found["herder_failovers_total"]) == (3, 15)
+    assert (found["herder_expert_balancedness"], found["herder_expert_balancedness_before"]) == (1.25, 2.5)
+    assert (found["herder_expert_seconds_since_move"], found["herder_requests_parked attention-0"]) == (14, 13)
     assert (found["herder_requests_running attention-0"], found["herder_requests_waiting attention-0"]) == (1, 0)
     assert found["herder_kv_cache_usage attention-0 full"] == 0.25
     assert found["herder_kv_cache_prefix attention-0 full"] == 0.5

@@ -28,6 +28,10 @@ if _version_not_supported:
 class ControlServiceStub:
     """State of the server, its actors and its experts.
     Calls fail with UNAVAILABLE while the controller does not answer; requests that run are not concerned.
+    ScaleExperts, ScaleAttention, MoveExpert, DrainSlot and Rebalance change the server while requests run: these go on and
+    get the same tokens. They return when the change is in use everywhere, which takes as long as weights take to load, and
+    go on if the caller goes away. INVALID_ARGUMENT names the field that cannot be; UNAVAILABLE: it failed, all is as it
+    was, and it may be tried again.
     """
 
     def __init__(self, channel):
@@ -66,11 +70,40 @@ class ControlServiceStub:
                 request_serializer=herder_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
                 response_deserializer=herder_dot_v1_dot_control__pb2.DrainResponse.FromString,
                 _registered_method=True)
+        self.ScaleExperts = channel.unary_unary(
+                '/herder.v1.ControlService/ScaleExperts',
+                request_serializer=herder_dot_v1_dot_control__pb2.ScaleExpertsRequest.SerializeToString,
+                response_deserializer=herder_dot_v1_dot_control__pb2.ScaleExpertsResponse.FromString,
+                _registered_method=True)
+        self.ScaleAttention = channel.unary_unary(
+                '/herder.v1.ControlService/ScaleAttention',
+                request_serializer=herder_dot_v1_dot_control__pb2.ScaleAttentionRequest.SerializeToString,
+                response_deserializer=herder_dot_v1_dot_control__pb2.ScaleAttentionResponse.FromString,
+                _registered_method=True)
+        self.MoveExpert = channel.unary_unary(
+                '/herder.v1.ControlService/MoveExpert',
+                request_serializer=herder_dot_v1_dot_control__pb2.MoveExpertRequest.SerializeToString,
+                response_deserializer=herder_dot_v1_dot_control__pb2.MoveExpertResponse.FromString,
+                _registered_method=True)
+        self.DrainSlot = channel.unary_unary(
+                '/herder.v1.ControlService/DrainSlot',
+                request_serializer=herder_dot_v1_dot_control__pb2.DrainSlotRequest.SerializeToString,
+                response_deserializer=herder_dot_v1_dot_control__pb2.DrainSlotResponse.FromString,
+                _registered_method=True)
+        self.Rebalance = channel.unary_unary(
+                '/herder.v1.ControlService/Rebalance',
+                request_serializer=herder_dot_v1_dot_control__pb2.RebalanceRequest.SerializeToString,
+                response_deserializer=herder_dot_v1_dot_control__pb2.RebalanceResponse.FromString,
+                _registered_method=True)
 
 
 class ControlServiceServicer:
     """State of the server, its actors and its experts.
     Calls fail with UNAVAILABLE while the controller does not answer; requests that run are not concerned.
+    ScaleExperts, ScaleAttention, MoveExpert, DrainSlot and Rebalance change the server while requests run: these go on and
+    get the same tokens. They return when the change is in use everywhere, which takes as long as weights take to load, and
+    go on if the caller goes away. INVALID_ARGUMENT names the field that cannot be; UNAVAILABLE: it failed, all is as it
+    was, and it may be tried again.
     """
 
     def GetServerInfo(self, request, context):
@@ -116,6 +149,42 @@ class ControlServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ScaleExperts(self, request, context):
+        """Starts or ends expert actors until there are so many.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ScaleAttention(self, request, context):
+        """Starts or ends attention actors until there are so many. Requests of one that ends go on at another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MoveExpert(self, request, context):
+        """Moves a copy of an expert from one slot to another.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DrainSlot(self, request, context):
+        """Moves all experts of a slot to the other slots and ends its actor.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Rebalance(self, request, context):
+        """Replicates and moves experts so that the slots' loads become even: now, not only at the next interval of
+        BALANCE_MODE_AUTO. INVALID_ARGUMENT in BALANCE_MODE_OFF.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ControlServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -149,6 +218,31 @@ def add_ControlServiceServicer_to_server(servicer, server):
                     request_deserializer=herder_dot_v1_dot_control__pb2.DrainRequest.FromString,
                     response_serializer=herder_dot_v1_dot_control__pb2.DrainResponse.SerializeToString,
             ),
+            'ScaleExperts': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleExperts,
+                    request_deserializer=herder_dot_v1_dot_control__pb2.ScaleExpertsRequest.FromString,
+                    response_serializer=herder_dot_v1_dot_control__pb2.ScaleExpertsResponse.SerializeToString,
+            ),
+            'ScaleAttention': grpc.unary_unary_rpc_method_handler(
+                    servicer.ScaleAttention,
+                    request_deserializer=herder_dot_v1_dot_control__pb2.ScaleAttentionRequest.FromString,
+                    response_serializer=herder_dot_v1_dot_control__pb2.ScaleAttentionResponse.SerializeToString,
+            ),
+            'MoveExpert': grpc.unary_unary_rpc_method_handler(
+                    servicer.MoveExpert,
+                    request_deserializer=herder_dot_v1_dot_control__pb2.MoveExpertRequest.FromString,
+                    response_serializer=herder_dot_v1_dot_control__pb2.MoveExpertResponse.SerializeToString,
+            ),
+            'DrainSlot': grpc.unary_unary_rpc_method_handler(
+                    servicer.DrainSlot,
+                    request_deserializer=herder_dot_v1_dot_control__pb2.DrainSlotRequest.FromString,
+                    response_serializer=herder_dot_v1_dot_control__pb2.DrainSlotResponse.SerializeToString,
+            ),
+            'Rebalance': grpc.unary_unary_rpc_method_handler(
+                    servicer.Rebalance,
+                    request_deserializer=herder_dot_v1_dot_control__pb2.RebalanceRequest.FromString,
+                    response_serializer=herder_dot_v1_dot_control__pb2.RebalanceResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'herder.v1.ControlService', rpc_method_handlers)
@@ -160,6 +254,10 @@ def add_ControlServiceServicer_to_server(servicer, server):
 class ControlService:
     """State of the server, its actors and its experts.
     Calls fail with UNAVAILABLE while the controller does not answer; requests that run are not concerned.
+    ScaleExperts, ScaleAttention, MoveExpert, DrainSlot and Rebalance change the server while requests run: these go on and
+    get the same tokens. They return when the change is in use everywhere, which takes as long as weights take to load, and
+    go on if the caller goes away. INVALID_ARGUMENT names the field that cannot be; UNAVAILABLE: it failed, all is as it
+    was, and it may be tried again.
     """
 
     @staticmethod
@@ -314,6 +412,141 @@ class ControlService:
             '/herder.v1.ControlService/Drain',
             herder_dot_v1_dot_control__pb2.DrainRequest.SerializeToString,
             herder_dot_v1_dot_control__pb2.DrainResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleExperts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/herder.v1.ControlService/ScaleExperts',
+            herder_dot_v1_dot_control__pb2.ScaleExpertsRequest.SerializeToString,
+            herder_dot_v1_dot_control__pb2.ScaleExpertsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ScaleAttention(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/herder.v1.ControlService/ScaleAttention',
+            herder_dot_v1_dot_control__pb2.ScaleAttentionRequest.SerializeToString,
+            herder_dot_v1_dot_control__pb2.ScaleAttentionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MoveExpert(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/herder.v1.ControlService/MoveExpert',
+            herder_dot_v1_dot_control__pb2.MoveExpertRequest.SerializeToString,
+            herder_dot_v1_dot_control__pb2.MoveExpertResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DrainSlot(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/herder.v1.ControlService/DrainSlot',
+            herder_dot_v1_dot_control__pb2.DrainSlotRequest.SerializeToString,
+            herder_dot_v1_dot_control__pb2.DrainSlotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Rebalance(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/herder.v1.ControlService/Rebalance',
+            herder_dot_v1_dot_control__pb2.RebalanceRequest.SerializeToString,
+            herder_dot_v1_dot_control__pb2.RebalanceResponse.FromString,
             options,
             channel_credentials,
             insecure,

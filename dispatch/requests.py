@@ -1,0 +1,61 @@
+"""What attention ranks ask of an expert server, and several such requests computed as one batch.
+
+Shape legend: N rows, D hidden width.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dispatch.routing import GroupedExperts
+from dispatch.wire import Header
+
+
+class Request(NamedTuple):
+    """A ROWS message: counts[i] rows of x_ND, one after the other, are for experts[i]; no expert comes twice."""
+
+    header: Header
+    experts: tuple[int, ...]
+    counts: tuple[int, ...]
+    x_ND: Tensor
+
+
+def compute_together(experts: GroupedExperts, layer: int, requests: Sequence[Request]) -> list[list[memoryview]]:
+    """One grouped pass over the rows of all requests; for each request the pieces of its results, in its rows' order.
+
+    The rows of several requests are copied once, to stand together by expert; the results are not.
+    """
+    if len(requests) == 1:  # sorted by expert as it came
+        only = requests[0]
+        return [[as_bytes(_call(experts, layer, only.x_ND, only.experts, only.counts))]]
+    runs: dict[int, list[tuple[int, Tensor]]] = {}  # expert -> (place of the request, its rows)
+    for place, request in enumerate(requests):
+        for expert, x_run_ND in zip(request.experts, torch.split(request.x_ND, list(request.counts)), strict=True):
+            runs.setdefault(expert, []).append((place, x_run_ND))
+    x_ND = torch.cat([x_run_ND for of_expert in runs.values() for _, x_run_ND in of_expert])
+    counts = [sum(len(x_run_ND) for _, x_run_ND in of_expert) for of_expert in runs.values()]
+    y = as_bytes(_call(experts, layer, x_ND, tuple(runs), counts))
+    pieces: list[dict[int, memoryview]] = [{} for _ in requests]
+    at = 0
+    for expert, of_expert in runs.items():
+        for place, x_run_ND in of_expert:
+            pieces[place][expert] = y[at : at + x_run_ND.nbytes]
+            at += x_run_ND.nbytes
+    return [[found[expert] for expert in request.experts] for found, request in zip(pieces, requests, strict=True)]
+
+
+def as_bytes(x_ND: Tensor) -> memoryview:
+    """The memory of a contiguous tensor on the CPU; it must have elements."""
+    if x_ND.dtype == torch.bfloat16:  # numpy has no such type
+        x_ND = x_ND.view(torch.int16)
+    return x_ND.numpy().data.cast("B")
+
+
+def _call(
+    experts: GroupedExperts, layer: int, x_ND: Tensor, expert_ids: Sequence[int], counts: Sequence[int]
+) -> Tensor:
+    y_ND = experts(layer, x_ND, expert_ids, counts).contiguous()
+    assert y_ND.shape == x_ND.shape and y_ND.dtype == x_ND.dtype
+    return y_ND

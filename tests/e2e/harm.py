@@ -1,0 +1,84 @@
+"""What an operator does to a live deployment, good or bad, and streams that must not notice."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Mapping
+
+import grpc
+
+from herder.v1 import control_pb2, control_pb2_grpc
+from tests.e2e.streams import Stream, run_streams
+
+
+class Control:
+    """What an operator sees and does."""
+
+    def __init__(self, address: str) -> None:
+        self._channel = grpc.insecure_channel(address)
+        self.stub = control_pb2_grpc.ControlServiceStub(self._channel)
+
+    def info(self) -> control_pb2.GetServerInfoResponse:
+        return self.stub.GetServerInfo(control_pb2.GetServerInfoRequest(), timeout=60)
+
+    def actors(self) -> dict[str, control_pb2.ActorInfo]:
+        return {actor.name: actor for actor in self.info().actors}
+
+    def hurt(self, name: str, how: signal.Signals = signal.SIGKILL) -> float:
+        """Signals an actor's process; returns when."""
+        os.kill(self.actors()[name].pid, how)
+        return time.monotonic()
+
+    def until_whole(self, but: dict[str, int] | None = None, timeout_s: float = 60) -> None:
+        """Returns when every actor serves, and those in `but` by another process than then."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            info = self.info()
+            pids = {actor.name: actor.pid for actor in info.actors}
+            replaced = all(pids.get(name) not in (None, 0, pid) for name, pid in (but or {}).items())
+            if info.ready and replaced and all(actor.state in ("serving", "ready") for actor in info.actors):
+                return
+            assert time.monotonic() < deadline, info
+            time.sleep(0.2)
+
+
+def undisturbed(address: str, numbers: range, max_tokens: int) -> dict[int, list[int]]:
+    """What the streams say when nobody disturbs them."""
+    streams = asyncio.run(run_streams(address, numbers, max_tokens))
+    assert not [stream.error for stream in streams.values() if stream.error]
+    return {number: stream.tokens for number, stream in streams.items()}
+
+
+def disturbed(address: str, harm: Callable[[], float], expected: Mapping[int, list[int]]) -> tuple[float, float]:
+    """Streams with harm in their midst, compared with `expected`.
+
+    `harm` returns when it was done. Returns the longest gap after it and the median gap, in seconds.
+    """
+    tokens = len(next(iter(expected.values())))
+    streams: dict[int, Stream] = {}
+    at = 0.0
+
+    async def midway() -> None:
+        nonlocal at
+        while sum(len(stream.tokens) for stream in streams.values()) < 0.3 * tokens * len(expected):
+            await asyncio.sleep(0.02)
+        at = await asyncio.to_thread(harm)
+
+    async def both() -> None:
+        running_streams: Awaitable[dict[int, Stream]] = run_streams(address, list(expected), tokens, streams)
+        await asyncio.gather(running_streams, midway())
+
+    asyncio.run(both())
+    assert not {number: stream.error for number, stream in streams.items() if stream.error}
+    wrong = {n: (stream.tokens, expected[n]) for n, stream in streams.items() if stream.tokens != expected[n]}
+    assert not wrong, wrong
+    gaps = [b - a for stream in streams.values() for a, b in zip(stream.times, stream.times[1:], strict=False)]
+    return max(stream.longest_gap(at, at + 20) for stream in streams.values()), statistics.median(gaps)
+
+
+def harm_to(control: Control, name: str, how: signal.Signals = signal.SIGKILL) -> Callable[[], float]:
+    return lambda: control.hurt(name, how)

@@ -1,0 +1,141 @@
+"""A live deployment grows, shrinks, moves experts and evens out its load while streams run: same tokens, no error."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from actors.deployment import Deployment
+from herder.v1 import control_pb2
+from tests.e2e.conftest import running
+from tests.e2e.harm import Control, disturbed, undisturbed
+from tests.e2e.streams import run_streams
+from tests.llama4.reference import save_random
+
+pytestmark = pytest.mark.cluster
+
+STREAMS = range(64)
+TOKENS = 120
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[Deployment]:
+    with running("attention.actors=1", "experts.actors=2") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def control(deployment: Deployment) -> Control:
+    return Control(deployment.grpc_address)
+
+
+@pytest.fixture(scope="module")
+def expected(deployment: Deployment) -> dict[int, list[int]]:
+    return undisturbed(deployment.grpc_address, STREAMS, TOKENS)
+
+
+def placement(control: Control) -> dict[int, list[tuple[int, ...]]]:
+    found = control.stub.GetExpertPlacement(control_pb2.GetExpertPlacementRequest(), timeout=60)
+    return {layer.layer: [tuple(expert.slots) for expert in layer.experts] for layer in found.layers}
+
+
+def slots(control: Control) -> set[int]:
+    return {slot for experts in placement(control).values() for holders in experts for slot in holders}
+
+
+def test_expert_actors_grow_and_shrink(deployment, control, expected):
+    def scale() -> float:
+        at = time.monotonic()
+        for actors in (4, 3):
+            control.stub.ScaleExperts(control_pb2.ScaleExpertsRequest(actors=actors), timeout=120)
+            assert slots(control) == set(range(actors))
+        return at
+
+    disturbed(deployment.grpc_address, scale, expected)
+    assert {name for name in control.actors() if name.startswith("expert")} == {"expert-0", "expert-1", "expert-2"}
+
+
+def test_experts_move(deployment, control, expected):
+    before = placement(control)
+    there = before[min(before)][5][0]
+    other = next(slot for slot in sorted(slots(control)) if slot != there)
+
+    def move() -> float:
+        at = time.monotonic()
+        control.stub.MoveExpert(control_pb2.MoveExpertRequest(expert=5, to_slot=other), timeout=120)
+        return at
+
+    disturbed(deployment.grpc_address, move, expected)
+    assert all(other in experts[5] for experts in placement(control).values())
+    with pytest.raises(grpc.RpcError) as caught:
+        control.stub.MoveExpert(control_pb2.MoveExpertRequest(expert=5, to_slot=77), timeout=60)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "77" in caught.value.details()
+
+
+def test_a_slot_is_drained(deployment, control, expected):
+    def drain() -> float:
+        at = time.monotonic()
+        control.stub.DrainSlot(control_pb2.DrainSlotRequest(slot=1), timeout=120)
+        return at
+
+    disturbed(deployment.grpc_address, drain, expected)
+    assert slots(control) == {0, 2}
+    assert "expert-1" not in control.actors()
+
+
+def test_attention_actors_grow_and_shrink(deployment, control, expected):
+    def scale() -> float:
+        at = time.monotonic()
+        for actors in (2, 1):
+            control.stub.ScaleAttention(control_pb2.ScaleAttentionRequest(actors=actors), timeout=120)
+        return at
+
+    disturbed(deployment.grpc_address, scale, expected)
+    assert [name for name in control.actors() if name.startswith("attention")] == ["attention-0"]
+    with pytest.raises(grpc.RpcError) as caught:
+        control.stub.ScaleAttention(control_pb2.ScaleAttentionRequest(actors=0), timeout=60)
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "actors" in caught.value.details()
+
+
+def skew(path: Path, favourites: int) -> None:
+    """Makes every router prefer its first few experts."""
+    (file,) = path.glob("*.safetensors")
+    tensors = load_file(file)
+    generator = torch.Generator().manual_seed(3)
+    for name, weight in tensors.items():
+        if name.endswith("router.weight"):
+            # Rows of one direction and small differences: the logits' order is nearly the same for half of all inputs.
+            direction = torch.randn(weight.shape[1], generator=generator)
+            weight[:] = 0.02 * torch.randn(weight.shape, generator=generator)
+            for expert in range(favourites):
+                weight[expert] += direction * (1 if expert % 2 else -1)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def test_skewed_load_is_evened_out(tmp_path):
+    save_random(tmp_path, seed=9, vocab_size=300, num_local_experts=16, num_experts_per_tok=1)
+    skew(tmp_path, favourites=2)
+    balance = "balance={mode: auto, interval_s: 3, window_s: 5}"
+    settings = (f"model.path={tmp_path}", "attention.actors=1", "experts.actors=4", "experts.per_actor=6", balance)
+    with running(*settings, "balance.mode=manual") as deployment:
+        expected = undisturbed(deployment.grpc_address, range(8), TOKENS)
+    with running(*settings) as deployment:
+        control = Control(deployment.grpc_address)
+        deadline = time.monotonic() + 60
+        highest = 0.0
+        while time.monotonic() < deadline:
+            streams = asyncio.run(run_streams(deployment.grpc_address, list(expected), TOKENS))
+            assert {number: stream.tokens for number, stream in streams.items()} == expected
+            found = control.stub.GetExpertPlacement(control_pb2.GetExpertPlacementRequest(), timeout=60)
+            highest = max(highest, found.balancedness, found.balancedness_before)
+            if found.balancedness_before and found.balancedness < 1.2:
+                break
+        assert highest > 2.5 and found.balancedness < 1.2, found
+        assert found.HasField("seconds_since_move")

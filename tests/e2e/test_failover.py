@@ -1,0 +1,100 @@
+"""Harm done to a live deployment while streams run: every answer comes, and every token is the undisturbed run's."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from actors.deployment import Deployment
+from tests.e2e.conftest import running
+from tests.e2e.harm import Control, disturbed, harm_to, undisturbed
+
+pytestmark = pytest.mark.cluster
+
+STREAMS = range(100)
+TOKENS = 100
+DEADLINE_S = 1.0
+SETTINGS = ("attention.actors=2", "experts.actors=4", f"transport.deadline_s={DEADLINE_S}")
+
+
+@pytest.fixture(scope="module")
+def deployment() -> Iterator[Deployment]:
+    with running(*SETTINGS, "experts.replicas=2") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def control(deployment: Deployment) -> Control:
+    return Control(deployment.grpc_address)
+
+
+@pytest.fixture(scope="module")
+def expected(deployment: Deployment) -> dict[int, list[int]]:
+    return undisturbed(deployment.grpc_address, STREAMS, TOKENS)
+
+
+def test_an_expert_actor_is_killed(deployment, control, expected):
+    pid = control.actors()["expert-1"].pid
+    gap_s, _ = disturbed(deployment.grpc_address, harm_to(control, "expert-1"), expected)
+    assert gap_s < 2
+    control.until_whole({"expert-1": pid})
+
+
+def test_an_expert_actor_stops_without_dying(deployment, control, expected):
+    pid = control.actors()["expert-2"].pid
+    gap_s, _ = disturbed(deployment.grpc_address, harm_to(control, "expert-2", signal.SIGSTOP), expected)
+    assert DEADLINE_S / 2 < gap_s < DEADLINE_S + 2
+    control.until_whole({"expert-2": pid})
+    assert not psutil.pid_exists(pid)
+
+
+def test_an_attention_actor_is_killed(deployment, control, expected):
+    pid = control.actors()["attention-0"].pid
+    gap_s, _ = disturbed(deployment.grpc_address, harm_to(control, "attention-0"), expected)
+    assert gap_s < 10
+    control.until_whole({"attention-0": pid})
+
+
+def test_the_controller_is_killed(deployment, control, expected):
+    before = {name: actor.pid for name, actor in control.actors().items()}
+    disturbed(deployment.grpc_address, harm_to(control, "controller"), expected)
+    control.until_whole({"controller": before["controller"]})
+    after = {name: actor.pid for name, actor in control.actors().items()}
+    assert {name: pid for name, pid in after.items() if before[name] != pid}.keys() == {"controller"}
+    # It knows its deployment again: it still repairs it.
+    disturbed(deployment.grpc_address, harm_to(control, "expert-0"), expected)
+    control.until_whole({"expert-0": before["expert-0"]})
+
+
+def test_two_in_a_row(deployment, control, expected):
+    pids = {name: control.actors()[name].pid for name in ("expert-0", "expert-3")}
+
+    def harm() -> float:
+        control.hurt("expert-0")
+        control.until_whole({"expert-0": pids["expert-0"]})
+        return control.hurt("expert-3")
+
+    disturbed(deployment.grpc_address, harm, expected)
+    control.until_whole(pids)
+
+
+def test_without_replicas_requests_wait_until_the_experts_are_back():
+    with running(*SETTINGS, "experts.replicas=1") as deployment:
+        control = Control(deployment.grpc_address)
+        expected = undisturbed(deployment.grpc_address, range(16), TOKENS)
+        pid = control.actors()["expert-1"].pid
+        disturbed(deployment.grpc_address, harm_to(control, "expert-1"), expected)
+        control.until_whole({"expert-1": pid})
+
+
+def test_a_collective_forms_anew():
+    with running("transport.kind=all_to_all", "experts.actors=3", "experts.replicas=2") as deployment:
+        control = Control(deployment.grpc_address)
+        expected = undisturbed(deployment.grpc_address, range(16), TOKENS)
+        for victim in ("expert-1", "attention-1"):
+            pid = control.actors()[victim].pid
+            disturbed(deployment.grpc_address, harm_to(control, victim), expected)
+            control.until_whole({victim: pid})

@@ -1,0 +1,124 @@
+"""Handles that stand in for Ray's: attention actors that answer by a rule, and a controller that lists them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
+from types import SimpleNamespace
+
+from ray.exceptions import RayActorError
+
+from actors.status import EngineHandle
+from engine.request import ErrorCode, FinishReason, Request, RequestError, RequestOutput, RequestRejected
+
+FULL = RequestRejected("full", code=ErrorCode.RESOURCE_EXHAUSTED)
+DRAINING = RequestRejected("the engine is shutting down", code=ErrorCode.UNAVAILABLE)
+
+
+def remote(function: Callable[..., Awaitable[object]]) -> SimpleNamespace:
+    return SimpleNamespace(remote=lambda *args: asyncio.ensure_future(function(*args)))
+
+
+class FakeEngine:
+    """An attention actor, as far as the client uses it; `calls` tells what came when.
+
+    `admit`: submissions wait for it, as for a grammar that is compiled. `requests` are those that it has taken, by id.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.admit = asyncio.Event()
+        self.admit.set()
+        self.rejection: RequestRejected | None = None
+        self.requests: dict[str, Request] = {}
+        self.kept_alive: list[str] = []
+        self.gateways: set[str] = set()
+        self._queue: asyncio.Queue[list[RequestOutput] | None] = asyncio.Queue()
+        self._dead = False
+        self.submit = remote(self._submit)
+        self.abort = remote(self._abort)
+        self.keep_alive = remote(self._keep_alive)
+        self.outputs = SimpleNamespace(remote=self._outputs)
+
+    async def _submit(self, request: Request, gateway_id: str) -> RequestRejected | None:
+        await self.admit.wait()
+        self._check()
+        self.calls.append(f"submit {request.request_id}")
+        if self.rejection is None:
+            assert gateway_id in self.gateways, "nobody would take its outputs"
+            self.requests[request.request_id] = request
+        return self.rejection
+
+    async def _abort(self, request_ids: Sequence[str]) -> int:
+        self._check()
+        self.calls += [f"abort {request_id}" for request_id in request_ids]
+        return sum(request_id in self.requests for request_id in request_ids)
+
+    async def _keep_alive(self, gateway_id: str) -> None:
+        self.kept_alive.append(gateway_id)
+
+    async def _outputs(self, gateway_id: str) -> AsyncIterator[Awaitable[list[RequestOutput]]]:
+        self.gateways.add(gateway_id)
+        while (outputs := await self._queue.get()) is not None:
+            yield asyncio.ensure_future(_value(outputs))
+        raise RayActorError()
+
+    def _check(self) -> None:
+        if self._dead:
+            raise RayActorError()
+
+    def send(self, *outputs: RequestOutput) -> None:
+        """One step's outputs."""
+        self._queue.put_nowait(list(outputs))
+
+    def end(self, name: str, error: RequestError) -> None:
+        self.send(RequestOutput(name, finish_reason=FinishReason.ERROR, error=error))
+
+    def die(self) -> None:
+        """What it has sent before still comes."""
+        self._dead = True
+        self._queue.put_nowait(None)
+
+
+async def _value(outputs: list[RequestOutput]) -> list[RequestOutput]:
+    return outputs
+
+
+class FakeController:
+    """Lists `engines`; `put` and `drop` change the list."""
+
+    def __init__(self, **engines: FakeEngine) -> None:
+        self._listed = {name: EngineHandle(engine, "first") for name, engine in engines.items()}
+        self._changed = asyncio.Condition()
+        self._dead = False
+        self.watch_engines = remote(self._watch_engines)
+        self.drain = remote(self._drain)
+
+    async def _watch_engines(self, known: Collection[tuple[str, str]]) -> dict[str, EngineHandle]:
+        async with self._changed:
+            await self._changed.wait_for(
+                lambda: self._dead or {(name, one.incarnation) for name, one in self._listed.items()} != set(known)
+            )
+        if self._dead:
+            raise RayActorError()
+        return dict(self._listed)
+
+    async def _drain(self) -> int:
+        if self._dead:
+            raise RayActorError()
+        return 3
+
+    async def put(self, name: str, engine: FakeEngine, incarnation: str = "second") -> None:
+        async with self._changed:
+            self._listed[name] = EngineHandle(engine, incarnation)
+            self._changed.notify_all()
+
+    async def drop(self, name: str) -> None:
+        async with self._changed:
+            del self._listed[name]
+            self._changed.notify_all()
+
+    async def die(self) -> None:
+        async with self._changed:
+            self._dead = True
+            self._changed.notify_all()
