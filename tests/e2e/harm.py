@@ -36,14 +36,19 @@ class Control:
     def until_whole(self, but: dict[str, int] | None = None, timeout_s: float = 60) -> None:
         """Returns when every actor serves, and those in `but` by another process than then."""
         deadline = time.monotonic() + timeout_s
-        while True:
-            info = self.info()
-            pids = {actor.name: actor.pid for actor in info.actors}
-            replaced = all(pids.get(name) not in (None, 0, pid) for name, pid in (but or {}).items())
-            if info.ready and replaced and all(actor.state in ("serving", "ready") for actor in info.actors):
-                return
-            assert time.monotonic() < deadline, info
+        while not self._is_whole(but or {}):
+            assert time.monotonic() < deadline, self.info()
             time.sleep(0.2)
+
+    def _is_whole(self, but: Mapping[str, int]) -> bool:
+        try:
+            info = self.info()
+        except grpc.RpcError as error:  # the controller is away
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+            return False
+        pids = {actor.name: actor.pid for actor in info.actors}
+        replaced = all(pids.get(name) not in (None, 0, pid) for name, pid in but.items())
+        return info.ready and replaced and all(actor.state in ("serving", "ready") for actor in info.actors)
 
 
 def undisturbed(address: str, numbers: range, max_tokens: int) -> dict[int, list[int]]:

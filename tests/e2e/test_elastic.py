@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import grpc
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from actors.deployment import Deployment
 from herder.v1 import control_pb2
 from tests.e2e.conftest import running
 from tests.e2e.harm import Control, disturbed, undisturbed
-from tests.e2e.streams import run_streams
-from tests.llama4.reference import save_random
 
 pytestmark = pytest.mark.cluster
 
@@ -102,40 +96,3 @@ def test_attention_actors_grow_and_shrink(deployment, control, expected):
     with pytest.raises(grpc.RpcError) as caught:
         control.stub.ScaleAttention(control_pb2.ScaleAttentionRequest(actors=0), timeout=60)
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT and "actors" in caught.value.details()
-
-
-def skew(path: Path, favourites: int) -> None:
-    """Makes every router prefer its first few experts."""
-    (file,) = path.glob("*.safetensors")
-    tensors = load_file(file)
-    generator = torch.Generator().manual_seed(3)
-    for name, weight in tensors.items():
-        if name.endswith("router.weight"):
-            # Rows of one direction and small differences: the logits' order is nearly the same for half of all inputs.
-            direction = torch.randn(weight.shape[1], generator=generator)
-            weight[:] = 0.02 * torch.randn(weight.shape, generator=generator)
-            for expert in range(favourites):
-                weight[expert] += direction * (1 if expert % 2 else -1)
-    save_file(tensors, file, metadata={"format": "pt"})
-
-
-def test_skewed_load_is_evened_out(tmp_path):
-    save_random(tmp_path, seed=9, vocab_size=300, num_local_experts=16, num_experts_per_tok=1)
-    skew(tmp_path, favourites=2)
-    balance = "balance={mode: auto, interval_s: 3, window_s: 5}"
-    settings = (f"model.path={tmp_path}", "attention.actors=1", "experts.actors=4", "experts.per_actor=6", balance)
-    with running(*settings, "balance.mode=manual") as deployment:
-        expected = undisturbed(deployment.grpc_address, range(8), TOKENS)
-    with running(*settings) as deployment:
-        control = Control(deployment.grpc_address)
-        deadline = time.monotonic() + 60
-        highest = 0.0
-        while time.monotonic() < deadline:
-            streams = asyncio.run(run_streams(deployment.grpc_address, list(expected), TOKENS))
-            assert {number: stream.tokens for number, stream in streams.items()} == expected
-            found = control.stub.GetExpertPlacement(control_pb2.GetExpertPlacementRequest(), timeout=60)
-            highest = max(highest, found.balancedness, found.balancedness_before)
-            if found.balancedness_before and found.balancedness < 1.2:
-                break
-        assert highest > 2.5 and found.balancedness < 1.2, found
-        assert found.HasField("seconds_since_move")
