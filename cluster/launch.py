@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import time
 from contextlib import suppress
 from typing import Any
 
@@ -19,7 +20,8 @@ from cluster.placement import RoleBundles, bundles
 log = logging.getLogger("herder")
 
 NAMESPACE = "herder"
-_LATE = "timed out during startup"
+_START_ATTEMPTS = 3
+_START_PAUSE_S = 2.0
 _ENVIRONMENT = {
     # torch's store looks its peers up in DNS at every connection; without an answer, each would take five seconds.
     "RES_OPTIONS": "timeout:1 attempts:1",
@@ -49,19 +51,32 @@ def connect(config: DeploymentConfig, address: str | None) -> None:
         "log_to_driver": False,
         "logging_level": logging.ERROR,
     }
-    try:
+    if address is not None:
         ray.init(**options)
-    except Exception as error:
-        # Ray gives a node of its own 30 s to come up and says so by a bare Exception; a busy machine may need more.
-        if address is not None or _LATE not in str(error):
-            raise
-        log.warning("Ray was late to start; trying once more")
-        _end_children_of_late_start()
-        ray.init(**options)
+    else:
+        _start_local(options)
 
 
-def _end_children_of_late_start() -> None:
-    """Ray leaves the processes of a node that was late; they would go on beside the next."""
+def _start_local(options: dict[str, Any]) -> None:
+    """A node of our own. It may fail for a moment's reason, so it is tried again.
+
+    Ray gives it a fixed 30 s, which a busy machine may exceed, and the dashboard's port may be that of a node which is
+    just ending.
+    """
+    for attempt in range(1, _START_ATTEMPTS + 1):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:
+            if ray.is_initialized() or attempt == _START_ATTEMPTS:
+                raise
+            log.warning("Ray did not start, trying again attempt=%d reason=%s", attempt, error)
+            _end_children_of_ray()
+            time.sleep(_START_PAUSE_S)
+
+
+def _end_children_of_ray() -> None:
+    """Ray leaves the processes of a node that did not come up; they would go on beside the next."""
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
             if any(f"{os.sep}ray{os.sep}" in word for word in child.cmdline()):

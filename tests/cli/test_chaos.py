@@ -194,7 +194,7 @@ def test_ctrl_c_leaves_nothing_stopped(cli: CliRunner, believed: MakeBelieve, ur
             time.sleep(0.01)
             experts = [believed.processes[name] for name in ("expert-0", "expert-1")]
             stopped.extend(p for p in experts if psutil.Process(p.pid).status() == psutil.STATUS_STOPPED)
-        time.sleep(0.1)
+        time.sleep(1)  # until it is noted
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
