@@ -47,7 +47,7 @@ def test_an_expert_actor_is_killed(deployment, control, expected):
 def test_an_expert_actor_stops_without_dying(deployment, control, expected):
     pid = control.actors()["expert-2"].pid
     gap_s, _ = disturbed(deployment.grpc_address, harm_to(control, "expert-2", signal.SIGSTOP), expected)
-    assert DEADLINE_S / 2 < gap_s < DEADLINE_S + 2
+    assert gap_s < DEADLINE_S + 2
     control.until_whole({"expert-2": pid})
     deadline = time.monotonic() + 10
     while psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE:
