@@ -176,6 +176,7 @@ def test_control_service_tells_the_topology(channel):
     stub = control_pb2_grpc.ControlServiceStub(channel)
     info = stub.GetServerInfo(control_pb2.GetServerInfoRequest(), timeout=60)
     assert info.ready and {actor.name for actor in info.actors} == {
+        "controller",
         "attention-0",
         "attention-1",
         "expert-0",
