@@ -15,7 +15,6 @@ from actors.outbox import Outbox
 from actors.status import ActorStatus
 from cluster.config import DeploymentConfig
 from dispatch.collective import CollectiveGate, Epoch
-from dispatch.faults import Fault, Faults
 from dispatch.p2p import P2PDispatcher
 from dispatch.p2p_gate import P2PGate
 from dispatch.topology import Topology
@@ -40,7 +39,6 @@ class AttentionReport:
     """An attention actor's state, its engine's load once that runs, and what it has been told of the cluster.
 
     `view` is the newest topology or epoch that it was given, `layout` what the deployment was meant to be then.
-    `losses` counts connections to slots that it lost, `resent_rows` the rows that went to another holder for that.
     """
 
     status: ActorStatus
@@ -48,8 +46,6 @@ class AttentionReport:
     load: EngineLoad | None
     view: Topology | Epoch | None
     layout: Layout | None
-    losses: int
-    resent_rows: int
 
 
 @ray.remote
@@ -135,11 +131,6 @@ class AttentionActor:
             assert isinstance(self._gate, CollectiveGate), "an epoch is for the collective transport, after start"
             await asyncio.wrap_future(self._gate.adopt(view))
 
-    async def inject(self, script: Sequence[Fault]) -> None:
-        """p2p: makes faults happen to what this actor sends, for tests."""
-        assert self._p2p is not None, "start comes first"
-        self._p2p.faults = Faults(script, "attention", self._member.number)
-
     # ---- for gateways
 
     async def submit(self, request: Request, gateway_id: str) -> RequestRejected | None:
@@ -210,8 +201,6 @@ class AttentionActor:
             None if self._engine is None else self._engine.load(),
             self._view,
             self._layout,
-            0 if self._p2p is None else self._p2p.stats.losses,
-            0 if self._p2p is None else self._p2p.stats.resent_rows,
         )
 
     def __repr__(self) -> str:

@@ -25,7 +25,7 @@ from actors.attention import AttentionReport
 from actors.elastic import Elastic
 from actors.expert import ExpertReport
 from actors.fleet import Fleet
-from actors.member import CONTROLLER as NAME
+from actors.member import CONTROLLER
 from actors.repair import Repair
 from actors.seats import Seat, nodes_of, reserve_first
 from actors.status import ActorStatus, ClusterStatus, EngineHandle
@@ -250,7 +250,7 @@ class Controller:
 
     def _own_status(self) -> ActorStatus:
         return ActorStatus(
-            NAME,
+            CONTROLLER,
             "controller",
             0,
             node_id=ray.get_runtime_context().get_node_id(),

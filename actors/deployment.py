@@ -13,8 +13,9 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from actors.controller import NAME, Controller
+from actors.controller import Controller
 from actors.gateway import GRPC_SERVICER_FUNCTIONS, build_app
+from actors.member import CONTROLLER
 from actors.ray_client import RayEngineClient
 from cluster.config import DeploymentConfig
 from cluster.launch import connect
@@ -75,7 +76,7 @@ def launch(config: DeploymentConfig, address: str | None = None, on_progress: Pr
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     connect(config, address)
-    controller = Controller.options(name=NAME, lifetime="detached").remote(config)
+    controller = Controller.options(name=CONTROLLER, lifetime="detached").remote(config)
     serving = False
     try:
         started = controller.start.remote()

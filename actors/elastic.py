@@ -15,6 +15,7 @@ from ray.exceptions import RayError
 
 from actors.expert import ExpertReport
 from actors.fleet import Fleet
+from actors.reasons import first_line
 from actors.repair import Repair
 from actors.seats import Role, Seat, find_seat, give_up, reserve_more
 from cluster.balance import Balance, LoadAverage, balancedness, rebalance
@@ -220,5 +221,4 @@ def _failed(error: Exception) -> RequestRejected:
     """What failed on the way and has been undone."""
     if isinstance(error, RequestRejected):
         return error
-    reason = (str(getattr(error, "cause", None) or error).strip() or type(error).__name__).splitlines()[0]
-    return RequestRejected(f"it failed and has been undone: {reason}", code=ErrorCode.UNAVAILABLE)
+    return RequestRejected(f"it failed and has been undone: {first_line(error)}", code=ErrorCode.UNAVAILABLE)

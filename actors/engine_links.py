@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from actors.reasons import first_line
 from actors.status import EngineHandle
 from engine.request import RequestOutput
 
@@ -156,8 +157,3 @@ class EngineLinks:
             for link in self.all():
                 link.actor.keep_alive.remote(link.gateway_id)
             await asyncio.sleep(_KEEP_ALIVE_S)
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, without its traces."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -18,7 +18,6 @@ from actors.status import ActorStatus
 from cluster.config import DeploymentConfig
 from dispatch.collective import CollectiveServer, Epoch
 from dispatch.expert_server import ExpertServer
-from dispatch.faults import Fault, Faults
 from dispatch.topology import SlotAddress
 from llama4.config import TextConfig
 from llama4.moe import Experts
@@ -148,11 +147,6 @@ class ExpertActor:
         """Collective transport: enters this epoch; returns when its group is formed. Raises GroupBroken."""
         assert isinstance(self._server, CollectiveServer), "serve comes first"
         await asyncio.wrap_future(self._server.adopt(epoch))
-
-    async def inject(self, script: Sequence[Fault]) -> None:
-        """p2p: makes faults happen to this actor or its answers, for tests."""
-        assert isinstance(self._server, ExpertServer), "serve comes first"
-        self._server.faults = Faults(script, "expert", self._slot)
 
     async def leave(self) -> None:
         """Stops serving."""

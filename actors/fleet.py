@@ -18,6 +18,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.member import Layout
+from actors.reasons import first_line
 from actors.rendezvous import Rendezvous
 from actors.seats import Seat, empty, give_up, release_all, sit
 from actors.status import EngineHandle
@@ -166,7 +167,7 @@ class Fleet:
         for seat, outcome in zip(seats, told, strict=True):
             # It is dying or stuck. Should it go on under an older layout, slots refuse what they do not hold any more.
             if isinstance(outcome, BaseException):
-                log.warning("not told actor=%s epoch=%d reason=%s", seat.name, self.epoch, _first_line(outcome))
+                log.warning("not told actor=%s epoch=%d reason=%s", seat.name, self.epoch, first_line(outcome))
 
     async def _publish_epoch(self, holdings: Holdings) -> None:
         """Raises GroupBroken when the group does not come about, Unservable when it could not serve."""
@@ -245,7 +246,7 @@ class Fleet:
                 async with self._publishing:
                     await self._publish(before)
             except Exception as error:
-                log.warning("layout not restored yet reason=%s", _first_line(error))
+                log.warning("layout not restored yet reason=%s", first_line(error))
         await self._tidy()
 
     async def _tidy(self) -> None:
@@ -258,7 +259,7 @@ class Fleet:
                 await seat.handle.drop.remote(held)
                 seat.held = held
             except RayError as error:  # it is dying, and what it held with it
-                log.info("not tidied actor=%s reason=%s", seat.name, _first_line(error))
+                log.info("not tidied actor=%s reason=%s", seat.name, first_line(error))
 
     # ---- the end
 
@@ -272,7 +273,3 @@ class Fleet:
                 ray.kill(ray.get_actor(_RENDEZVOUS, namespace=NAMESPACE))
             except ValueError:
                 log.debug("there is no rendezvous")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(getattr(error, "cause", None) or error).strip() or type(error).__name__).splitlines()[0]

@@ -20,8 +20,9 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayActorError, RayError
 
-from actors.engine_links import EngineLink, EngineLinks, first_line
+from actors.engine_links import EngineLink, EngineLinks
 from actors.member import CONTROLLER
+from actors.reasons import first_line
 from actors.status import ClusterStatus
 from cluster.launch import NAMESPACE
 from engine.request import SHUTTING_DOWN, ErrorCode, FinishReason, Request, RequestError, RequestOutput, RequestRejected

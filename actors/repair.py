@@ -16,6 +16,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from actors.fleet import Fleet, Unservable
+from actors.reasons import first_line
 from actors.seats import Seat
 from dispatch.groups import GroupBroken
 
@@ -64,7 +65,7 @@ class Repair:
             except TimeoutError:
                 return self.lost(seat, incarnation, f"no answer for {_SILENT_S:g} s")
             except RayError as error:
-                return self.lost(seat, incarnation, _first_line(error))
+                return self.lost(seat, incarnation, first_line(error))
         ended.cancel()
 
     def lost(self, seat: Seat, incarnation: str, why: str) -> None:
@@ -89,7 +90,7 @@ class Repair:
                 await fleet.bring_up(seat, dict(fleet.holdings.slots.get(seat.number, {})))
                 await fleet.join([seat])
             except Exception as error:
-                log.error("not replaced yet actor=%s reason=%s", seat.name, _first_line(error))
+                log.error("not replaced yet actor=%s reason=%s", seat.name, first_line(error))
                 seat.serving = False
                 await asyncio.sleep(backoff_s)
                 backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
@@ -140,7 +141,7 @@ class Repair:
                 try:
                     return await self._fleet.republish()
                 except (Unservable, GroupBroken, RayError) as error:
-                    log.warning("no group yet reason=%s", _first_line(error))
+                    log.warning("no group yet reason=%s", first_line(error))
                     await asyncio.sleep(backoff_s)
                     backoff_s = min(2 * backoff_s, _LONGEST_BACKOFF_S)
         finally:
@@ -158,9 +159,5 @@ async def _reason(ended: Any) -> str:
     try:
         await ended
     except RayError as error:
-        return _first_line(error)
+        return first_line(error)
     return "left"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(getattr(error, "cause", None) or error).strip() or type(error).__name__).splitlines()[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dispatch.all_to_all import AllToAllDispatcher, DispatchStats, ExpertRank, Ticket
 from dispatch.expert_map import ExpertMap
+from dispatch.gate import StepAnswer
 from dispatch.groups import EpochGroup, GroupBroken, World
 from dispatch.lockstep import Lockstep
 from dispatch.routing import GroupedExperts
@@ -144,18 +145,6 @@ class _Member:
         self._on_broken(str(error))
 
 
-@dataclass(frozen=True, slots=True)
-class StepAnswer:
-    """What the gate says of the next step.
-
-    `idle`: there is none, wait. `leaving`: there will be none. `renewed`: experts that were out of reach may be back.
-    """
-
-    idle: bool
-    leaving: bool = False
-    renewed: bool = False
-
-
 class CollectiveGate(_Member):
     """An attention member: says when to step, and dispatches. `adopt`, `close` and `ring` are for any thread."""
 
@@ -237,11 +226,6 @@ class CollectiveServer(_Member):
         self._width = width
         self._dtype = dtype
         self.stats: DispatchStats | None = None
-
-    @property
-    def held(self) -> Mapping[int, Sequence[int]]:
-        """The experts that the present epoch's map gives to this slot."""
-        return {} if self._seat is None else self._seat.epoch.expert_map.experts_of(self._slot)
 
     def run(self) -> None:
         """Serves until `close`."""

@@ -14,27 +14,13 @@ from dataclasses import dataclass, field
 import torch
 
 from dispatch.connections import Connection, HandshakeFailed, Hello, connect
+from dispatch.gate import StepAnswer
 from dispatch.groups import GroupBroken
 from dispatch.p2p import P2PDispatcher
 from dispatch.topology import SlotAddress, Topology
 
 _log = logging.getLogger(__name__)
 _CONNECTING_AT_ONCE = 16
-
-
-@dataclass(frozen=True, slots=True)
-class P2PAnswer:
-    """What begin() says.
-
-    Attributes:
-        idle: no rows: there is no step.
-        leaving: there will be no more steps.
-        renewed: a topology was installed: experts that were out of reach may be back.
-    """
-
-    idle: bool
-    leaving: bool
-    renewed: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +61,14 @@ class P2PGate:
         threading.Thread(target=self._prepare, args=(topology, installed), name=name, daemon=True).start()
         return installed
 
-    def begin(self, rows: int, leaving: bool) -> P2PAnswer:
+    def begin(self, rows: int, leaving: bool) -> StepAnswer:
         """Install what is ready; whether there is a step."""
         renewed = self._install()
         if renewed:
             self._rung.set()  # what waited for it is to be scheduled: an idle engine comes round once more
         if rows and not leaving:
             self._dispatcher.begin_step()
-        return P2PAnswer(idle=rows == 0 and not leaving, leaving=leaving, renewed=renewed)
+        return StepAnswer(idle=rows == 0 and not leaving, leaving=leaving, renewed=renewed)
 
     def wait(self) -> None:
         """Block, without CPU, until ring()."""

@@ -10,9 +10,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
+from dispatch.gate import StepAnswer
 from dispatch.groups import GroupBroken
 from engine.grammar import Matcher, replay
 from engine.request import SHUTTING_DOWN, EngineLoad, ErrorCode, FinishReason, Request, RequestError, RequestOutput
@@ -59,13 +59,6 @@ class GateAnswer(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    idle: bool
-    leaving: bool
-    renewed: bool = False
-
-
 class SoloGate:
     """The gate of an engine that shares its experts with nobody."""
 
@@ -73,7 +66,7 @@ class SoloGate:
         self._rung = threading.Event()
 
     def begin(self, rows: int, leaving: bool) -> GateAnswer:
-        return _Answer(idle=rows == 0, leaving=leaving)
+        return StepAnswer(idle=rows == 0, leaving=leaving)
 
     def wait(self) -> None:
         self._rung.wait()

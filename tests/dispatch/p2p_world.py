@@ -12,8 +12,9 @@ import torch
 from dispatch.expert_map import ExpertMap
 from dispatch.expert_server import ExpertServer
 from dispatch.faults import Fault, Faults
+from dispatch.gate import StepAnswer
 from dispatch.p2p import P2PDispatcher
-from dispatch.p2p_gate import P2PAnswer, P2PGate
+from dispatch.p2p_gate import P2PGate
 from dispatch.routing import GroupedExperts
 from dispatch.stats import ServerStats
 from dispatch.topology import SlotAddress, Topology
@@ -41,7 +42,7 @@ class Attention:
         self.dispatcher = P2PDispatcher(source, deadline_s, lambda *loss: self.losses.append(loss), faults)
         self.gate = P2PGate(self.dispatcher, width, dtype, connect_timeout_s)
 
-    def adopt(self, topology: Topology) -> P2PAnswer:
+    def adopt(self, topology: Topology) -> StepAnswer:
         """Returns when it is installed."""
         installed = self.gate.adopt(topology)
         while True:
