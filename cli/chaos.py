@@ -134,6 +134,7 @@ class Chaos:
                     ending.set()
                     await self._last_answers(streams)
                 finally:
+                    ending.set()
                     for stream in streams:
                         stream.cancel()
                     await asyncio.gather(*streams, return_exceptions=True)

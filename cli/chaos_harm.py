@@ -81,8 +81,17 @@ class Watch:
             placement = await stub.GetExpertPlacement(pb.GetExpertPlacementRequest(), timeout=limit, metadata=metadata)
         except grpc.RpcError as error:
             raise endpoint.grpc_fault(self.server.where, error) from None
+        finally:
+            _heed_cancellation()
         copies = sum(len(expert.slots) for layer in placement.layers for expert in layer.experts)
         return Look(info.ready, info.reason, tuple(info.actors), copies)
+
+
+def _heed_cancellation() -> None:
+    """A call of grpc.aio that ends just as its task is cancelled keeps the cancellation to itself: Ctrl-C, here."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
 
 
 def is_whole(before: Look, now: Look, harmed: pb.ActorInfo) -> bool:

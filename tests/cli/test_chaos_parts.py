@@ -8,7 +8,9 @@ import signal
 import statistics
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import suppress
 from itertools import islice
+from typing import Any, cast
 
 import pytest
 import typer
@@ -20,6 +22,7 @@ from cli.chaos import seconds
 from cli.chaos_harm import Action, Hand, Look, choose, in_random_order, is_whole
 from cli.chaos_streams import AnswerLost, Prompt, answer, keep_asking, make_prompts, undisturbed
 from cli.chaos_tally import Harm, Tally, duration, spread
+from cli.endpoint import Server
 from cli.report import CliError
 from herder.v1 import control_pb2 as pb
 
@@ -230,3 +233,24 @@ async def test_signals_for_other_machines(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_full_strength(now: Look, whole: bool) -> None:
     assert is_whole(Look(True, "", CREW, 8), now, CREW[1]) is whole
+
+
+# ---- Ctrl-C
+
+
+async def test_a_look_heeds_a_cancellation_that_its_call_kept_to_itself() -> None:
+    class Stub:
+        async def GetServerInfo(self, request: object, **options: object) -> pb.GetServerInfoResponse:
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(30)
+            return pb.GetServerInfoResponse(ready=True)
+
+        async def GetExpertPlacement(self, request: object, **options: object) -> pb.GetExpertPlacementResponse:
+            return pb.GetExpertPlacementResponse()
+
+    watch = chaos_harm.Watch(cast(Any, Stub()), Server("127.0.0.1:1"))
+    look = asyncio.create_task(watch.look())
+    await asyncio.sleep(0)
+    look.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await look

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from engine.detokenizer import StopStrings, TextStream
@@ -79,6 +79,7 @@ def test_incomplete_characters_are_held_and_flushed() -> None:
 
 @given(text=st.text(max_size=30))
 def test_tokenizer_round_trip(text: str, tokenizer: Tokenizer) -> None:
+    assume("<|" not in text)  # the name of a special token is that token
     ids = tokenizer.encode(text)
     assert ids[0] in tokenizer.special_ids
     assert tokenizer.decode(ids) == text
