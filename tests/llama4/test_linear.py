@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 
-from llama4.linear import FEW_ROWS, _parts, linear
+from llama4.few_rows import few_rows
+from llama4.linear import FEW_ROWS, linear
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +23,7 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.parametrize("rows", [0, 1, 2, 7, FEW_ROWS, FEW_ROWS + 1])
 @pytest.mark.parametrize(("width", "hidden"), [(1024, 256), (2048, 512), (1500, 256), (999, 333), (16, 64)])
-def test_cut_or_whole_the_product_is_the_same(rows: int, width: int, hidden: int) -> None:
+def test_the_product_is_the_same_for_all_numbers_of_rows(rows: int, width: int, hidden: int) -> None:
     torch.manual_seed(rows)
     x_TD, w_ND = torch.randn(rows, hidden), torch.randn(width, hidden)
     got = linear(x_TD, w_ND)
@@ -27,17 +31,22 @@ def test_cut_or_whole_the_product_is_the_same(rows: int, width: int, hidden: int
     torch.testing.assert_close(got, F.linear(x_TD, w_ND), rtol=1e-4, atol=1e-4)
 
 
-def test_other_types_are_not_cut() -> None:
+def test_other_types_are_left_to_torch() -> None:
     x_TD, w_ND = torch.randn(2, 512).bfloat16(), torch.randn(1024, 512).bfloat16()
     assert torch.equal(linear(x_TD, w_ND), F.linear(x_TD, w_ND))
 
 
-def test_every_thread_has_a_part_and_parts_fit_the_cache() -> None:
-    assert _parts(1, 2048, 1024, threads=2) == 2
-    assert _parts(1, 2048, 1024, threads=3) == 4
-    assert _parts(4, 2048, 1024, threads=2) == 8
-    assert _parts(4, 32000, 1024, threads=2) == 64  # 128 would leave fewer than 256 rows
-    assert _parts(4, 2047, 1024, threads=2) == 1  # cannot be cut evenly
-    assert _parts(4, 2048, 1024, threads=1) == 1
-    assert _parts(1, 16, 1024, threads=2) == 1  # too small
-    assert _parts(0, 2048, 1024, threads=2) == 1
+@given(rows=st.integers(1, 18), width=st.integers(1, 150), hidden=st.integers(1, 70), threads=st.integers(1, 4))
+def test_few_rows_of_any_shape(rows: int, width: int, hidden: int, threads: int) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(rows)
+    x_TD, w_ND = torch.randn(hidden, rows).t(), torch.randn(width, hidden)
+    torch.testing.assert_close(few_rows(x_TD, w_ND), F.linear(x_TD, w_ND), rtol=1e-4, atol=1e-4)
+
+
+def test_several_threads_may_multiply_few_rows_at_a_time() -> None:
+    x_TD, w_ND = torch.randn(3, 256), torch.randn(2048, 256)
+    expected = few_rows(x_TD, w_ND)
+    with ThreadPoolExecutor(4) as pool:
+        for got in pool.map(lambda _: few_rows(x_TD, w_ND), range(200)):
+            assert torch.equal(got, expected)
