@@ -201,7 +201,7 @@ def report(outcome: Outcome) -> None:
     rows.add_row("median gap between tokens", *(f"{1000 * tally.median_gap:.1f} ms" for tally in both))
     rows.add_row("longest gap of a stream", *(spread(tally.longest_gaps) for tally in both))
     console.print(rows, "")
-    rows = table("action", "times", "longest gap", "to full strength")
+    rows = table("action", "times", "longest gap", "full strength after")
     for action, harms in outcome.harmed.by_action.items():
         back = [harm.full_strength_after for harm in harms if harm.full_strength_after is not None]
         rows.add_row(action, str(len(harms)), spread([harm.longest_gap for harm in harms]), spread(back))

@@ -87,10 +87,10 @@ class Tally:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Times in seconds: their median and the longest, if there are several."""
+    """Times in seconds: their median, and the longest if there are several."""
     if len(values) < 2:
         return ", ".join(map(duration, values)) or "-"
-    return f"median {duration(statistics.median(values))}, worst {duration(max(values))}"
+    return f"{duration(statistics.median(values))}, worst {duration(max(values))}"
 
 
 def duration(seconds: float) -> str:
