@@ -1,4 +1,4 @@
-# make setup | serve | test | test-fast | check | protos | clean
+# make setup | serve | test | test-fast | check | protos | k8s | clean
 PYTHON ?= python3
 # More arguments for pip, such as `--index-url …` of an index with CPU-only builds of torch.
 PIP_FLAGS ?=
@@ -11,7 +11,7 @@ protoc = $(BIN)/python -m grpc_tools.protoc -I protos --plugin=protoc-gen-mypy=$
 	--plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
 	--python_out=$(1) --grpc_python_out=$(1) --mypy_out=quiet:$(1) --mypy_grpc_out=quiet:$(1) $(PROTOS)
 
-.PHONY: setup serve test test-fast check protos protos-drift clean
+.PHONY: setup serve test test-fast check protos protos-drift k8s clean
 
 setup: $(STAMP)
 
@@ -23,11 +23,14 @@ $(STAMP): pyproject.toml constraints.txt
 serve: setup
 	$(BIN)/herder serve $(CONFIG)
 
+# Two at a time: one runs the deployments of tests/e2e, one after the other, and the other all the rest.
+pytest = $(BIN)/python -m pytest -n 2 --dist loadgroup
+
 test: setup
-	$(BIN)/python -m pytest
+	$(pytest)
 
 test-fast: setup
-	$(BIN)/python -m pytest -m "not cluster"
+	$(pytest) -m "not cluster"
 
 check: setup protos-drift
 	$(BIN)/ruff check .
@@ -45,6 +48,10 @@ protos-drift: setup
 	for file in $$(cd "$$new" && find . -name '*.py' -o -name '*.pyi'); do \
 		cmp -s "$$new/$$file" "protos/$$file" || { echo "protos/$$file differs from its .proto file: run make protos"; exit 1; }; \
 	done && echo "generated protos match their .proto files"
+
+# The manifests in the repository, made again from their configurations by the command that each overlay says.
+k8s: setup
+	@sed -ns '1s/^# Made by: herder/$(subst /,\/,$(BIN))\/herder/p' k8s/overlays/*/kustomization.yaml | sh -e
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist

@@ -25,12 +25,13 @@ from actors.attention import AttentionReport
 from actors.elastic import Elastic
 from actors.expert import ExpertReport
 from actors.fleet import Fleet
-from actors.member import CONTROLLER
 from actors.repair import Repair
 from actors.seats import Seat, nodes_of, reserve_first
 from actors.status import ActorStatus, ClusterStatus, EngineHandle
 from cluster.config import DeploymentConfig
 from cluster.holdings import Holdings
+from cluster.launch import CONTROLLER
+from cluster.live import LiveSettings
 from cluster.placement import Nodes, plan_experts
 from engine.request import FinishReason, Request, RequestRejected, SamplingParams
 from llama4.config import TextConfig
@@ -55,6 +56,7 @@ class Controller:
         self._phase = "starting"
         self._balancing: asyncio.Task[None] | None = None
         self._adopted: asyncio.Task[None] | None = None
+        self._started: asyncio.Task[None] | None = None
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self._phase = "coming back"
             self._adopted = asyncio.get_event_loop().create_task(self._adopt())
@@ -66,7 +68,16 @@ class Controller:
     # ---- start and stop
 
     async def start(self) -> None:
-        """Brings the deployment up to readiness. Raises what went wrong; `stop` cleans up then as well."""
+        """Brings the deployment up to readiness; whoever calls it again waits for the same.
+
+        Raises what went wrong; `stop` cleans up then as well.
+        """
+        await self._back()
+        if self._adopted is None:
+            self._started = self._started or asyncio.create_task(self._start())
+            await asyncio.shield(self._started)
+
+    async def _start(self) -> None:
         fleet = self._fleet
         self._phase = "waiting for room in the cluster"
         attention = await reserve_first(self._config, "attention")
@@ -135,7 +146,7 @@ class Controller:
         """Ends the engines, then the actors, then their reservations."""
         self._phase = "stopping"
         self._repair.stop()
-        for task in (self._balancing, self._adopted):
+        for task in (self._balancing, self._adopted, self._started):
             if task is not None:
                 task.cancel()
         serving = [seat.handle for seat in self._fleet.seats() if seat.serving]
@@ -147,6 +158,18 @@ class Controller:
         await self._fleet.end()
 
     # ---- changes
+
+    async def reconfigure(self, live: LiveSettings) -> None:
+        """Applies what may change while requests run, here and at every actor; those to come are born with it."""
+        await self._back()
+        if live == LiveSettings.of(self._config):
+            return
+        self._config = self._fleet.config = live.over(self._config)
+        logging.getLogger().setLevel(live.log_level)
+        await asyncio.gather(
+            *(_within(seat.handle.reconfigure.remote(live)) for seat in self._fleet.seats() if seat.actor is not None)
+        )
+        log.info("reconfigured %s", live)
 
     async def scale(self, role: str, actors: int) -> RequestRejected | None:
         """Exactly this many actors of "experts" or "attention"; returns why not, if it cannot be."""
@@ -196,6 +219,10 @@ class Controller:
             await self._repair.group_broken()
 
     # ---- questions
+
+    async def config(self) -> DeploymentConfig:
+        """What it keeps up, under the live settings that it was given."""
+        return self._config
 
     async def progress(self) -> tuple[str, dict[str, tuple[int, int]]]:
         """The phase of the start, and for each actor that answers its bytes loaded and in all."""

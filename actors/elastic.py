@@ -112,11 +112,17 @@ class Elastic:
     # ---- the balance loop
 
     async def run(self) -> None:
-        """Follows the experts' load; with balance.mode auto it moves experts when the load is too uneven."""
-        balance = self._fleet.config.balance
+        """Follows the experts' load; with balance.mode auto it moves experts when the load is too uneven.
+
+        The fleet's balance settings may change meanwhile.
+        """
         last = self._clock()
-        while balance.mode != "off":
-            await asyncio.sleep(min(_LOOK_EVERY_S, balance.interval_s))
+        while True:
+            await asyncio.sleep(min(_LOOK_EVERY_S, self._fleet.config.balance.interval_s))
+            balance = self._fleet.config.balance
+            if balance.mode == "off":
+                continue
+            self._average.window_s = balance.window_s
             await self._look()
             if balance.mode == "manual" or self._clock() - last < balance.interval_s:
                 continue

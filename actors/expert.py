@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from ray.exceptions import RayError
 from actors.member import Member, log
 from actors.status import ActorStatus
 from cluster.config import DeploymentConfig
+from cluster.live import LiveSettings
 from dispatch.collective import CollectiveServer, Epoch
 from dispatch.expert_server import ExpertServer
 from dispatch.topology import SlotAddress
@@ -147,6 +149,10 @@ class ExpertActor:
         """Collective transport: enters this epoch; returns when its group is formed. Raises GroupBroken."""
         assert isinstance(self._server, CollectiveServer), "serve comes first"
         await asyncio.wrap_future(self._server.adopt(epoch))
+
+    async def reconfigure(self, live: LiveSettings) -> None:
+        """Takes over what may change while it serves."""
+        logging.getLogger().setLevel(live.log_level)
 
     async def leave(self) -> None:
         """Stops serving."""

@@ -130,13 +130,13 @@ class LoadAverage:
     Args:
         layers: the MoE layers.
         num_experts: of each layer.
-        window_s: time constant, in seconds.
+        window_s: time constant, in seconds; may be set anew.
         clock: seconds, monotonic.
     """
 
     def __init__(self, layers: Sequence[int], num_experts: int, window_s: float, clock: Callable[[], float]) -> None:
         self._sums: dict[int, list[float]] = {layer: [0.0] * num_experts for layer in layers}
-        self._window_s = window_s
+        self.window_s = window_s
         self._clock = clock
         self._updated = clock()
         self._last: dict[str, Mapping[int, Sequence[int]]] = {}
@@ -144,7 +144,7 @@ class LoadAverage:
     def update(self, counters: Mapping[str, Mapping[int, Sequence[int]]]) -> None:
         """Takes in source -> layer -> tokens of each expert since that source began. Sources left out are forgotten."""
         now = self._clock()
-        decay = math.exp((self._updated - now) / self._window_s)
+        decay = math.exp((self._updated - now) / self.window_s)
         for layer, sums_E in self._sums.items():
             self._sums[layer] = [decay * one for one in sums_E]
         self._updated = now
@@ -162,5 +162,5 @@ class LoadAverage:
 
     def loads(self) -> dict[int, tuple[float, ...]]:
         """Layer -> tokens per second of each logical expert, now."""
-        decay = math.exp((self._updated - self._clock()) / self._window_s)
-        return {layer: tuple(decay * one / self._window_s for one in sums_E) for layer, sums_E in self._sums.items()}
+        decay = math.exp((self._updated - self._clock()) / self.window_s)
+        return {layer: tuple(decay * one / self.window_s for one in sums_E) for layer, sums_E in self._sums.items()}
