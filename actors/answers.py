@@ -20,10 +20,12 @@ TOOL_CALLS: Literal["tool_calls"] = "tool_calls"
 class Job:
     """One answer to a prompt that passed validation.
 
-    `choice` counts the answers to the same prompt; `skip_special_tokens`: the text leaves special tokens out.
+    `images`: the encoded files of `request.images`; `choice` counts the answers to the same prompt;
+    `skip_special_tokens`: the text leaves special tokens out.
     """
 
     request: Request
+    images: tuple[bytes, ...] = ()
     choice: int = 0
     skip_special_tokens: bool = True
     tools: ToolUse = field(default_factory=ToolUse)

@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+from numpy.typing import NDArray
 
+from actors.embeddings import to_tensor
 from actors.member import Layout, Member, log
 from actors.model_info import ModelInfo
 from actors.outbox import Outbox
 from actors.status import ActorStatus
 from cluster.config import DeploymentConfig
+from cluster.kv_pools import pool_pages
+from cluster.live import LiveSettings
 from dispatch.collective import CollectiveGate, Epoch
 from dispatch.p2p import P2PDispatcher
 from dispatch.p2p_gate import P2PGate
 from dispatch.topology import Topology
 from engine.engine import Engine, StepGate
 from engine.grammar import Grammars
+from engine.image_spec import ImageSpec
 from engine.pages import LayerGroup, LayerKind, PageAllocator
+from engine.patches import PromptPatches
 from engine.request import EngineLoad, Request, RequestOutput, RequestRejected
 from engine.scheduler import Limits, Scheduler
 from engine.step import Stepper
@@ -58,6 +66,7 @@ class AttentionActor:
         max_context = config.model.max_context or self._text_config.max_position_embeddings
         info = ModelInfo.from_dir(config.model.path, config.model.served_name, max_context)
         self._grammars = Grammars(config.model.path, info.vocab_size, info.eos_token_ids)
+        self._images = ImageSpec.from_dir(config.model.path)
         self._decoder: Decoder | None = None
         self._engine: Engine | None = None
         self._outbox: Outbox | None = None
@@ -133,20 +142,30 @@ class AttentionActor:
 
     # ---- for gateways
 
-    async def submit(self, request: Request, gateway_id: str) -> RequestRejected | None:
-        """Queues a request whose outputs go to this gateway's stream; returns why not, if it is not taken."""
+    async def submit(self, request: Request, gateway_id: str, *images_PD: NDArray[Any]) -> RequestRejected | None:
+        """Queues a request whose outputs go to this gateway's stream; returns why not, if it is not taken.
+
+        `images_PD`: the embeddings of its images, a row for each patch token, as `embeddings.to_array` makes them. They
+        stay where they are, in the node's object store, until the request ends.
+        """
         assert self._engine is not None and self._outbox is not None, "join comes first"
         try:
             matcher = None
             if request.grammar is not None:  # beside the event loop: a large one takes seconds
                 matcher = await asyncio.to_thread(self._grammars.compile, request.grammar)
-            self._engine.submit(request, matcher)
+            self._engine.submit(request, matcher, self._patches(request, images_PD))
         except RequestRejected as rejection:
             return rejection
         # Outputs come through this event loop, so none is sorted before this.
         self._outbox.expect(request.request_id, gateway_id)
         self._heard.setdefault(gateway_id, time.monotonic())
         return None
+
+    def _patches(self, request: Request, images_PD: Sequence[NDArray[Any]]) -> PromptPatches | None:
+        if not request.images:
+            return None
+        assert self._images is not None, "the gateway takes images only if the checkpoint has an image encoder"
+        return PromptPatches(request, [to_tensor(image_PD) for image_PD in images_PD], self._images.patch_token_id)
 
     async def keep_alive(self, gateway_id: str) -> None:
         """The gateway lives. One that had requests here and falls silent has them ended."""
@@ -181,6 +200,12 @@ class AttentionActor:
         """Stops admission for good; returns how many accepted requests have not ended."""
         return 0 if self._engine is None else self._engine.drain()
 
+    async def reconfigure(self, live: LiveSettings) -> None:
+        """Takes over what may change while requests run."""
+        logging.getLogger().setLevel(live.log_level)
+        if self._engine is not None:
+            self._engine.limit_waiting(live.max_waiting)
+
     async def leave(self) -> None:
         """Ends the engine; requests under way fail as retryable."""
         if self._engine is not None and self._gate is not None:
@@ -209,15 +234,12 @@ class AttentionActor:
 
 def layer_groups(config: DeploymentConfig, text_config: TextConfig) -> dict[LayerKind, LayerGroup]:
     """The page pools: full-attention layers hold `kv_tokens`, chunked ones the chunks of all running sequences."""
-    engine = config.engine
-    full = engine.kv_tokens // engine.page_size
+    chunk_size = text_config.attention_chunk_size
+    full, chunked = pool_pages(config.engine, chunk_size or 0)
     groups: dict[LayerKind, LayerGroup] = {}
     if "full" in text_config.layer_kinds:
         groups["full"] = LayerGroup(full)
     if "chunked" in text_config.layer_kinds:
-        chunk_size = text_config.attention_chunk_size
         assert chunk_size is not None, "a chunked layer has a chunk size"
-        per_sequence = -(-chunk_size // engine.page_size) + 1  # a chunk may straddle page borders
-        per_step = -(-engine.max_batch_tokens // engine.page_size)
-        groups["chunked"] = LayerGroup(min(full, engine.max_running * per_sequence + per_step), chunk_size)
+        groups["chunked"] = LayerGroup(chunked, chunk_size)
     return groups

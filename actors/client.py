@@ -17,11 +17,13 @@ class EngineClient(Protocol):
     INVALID_ARGUMENT, naming the argument, for what cannot be; UNAVAILABLE when it failed and all is as it was.
     """
 
-    def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+    def generate(self, request: Request, images: Sequence[bytes] = ()) -> AsyncGenerator[RequestOutput, None]:
         """Outputs of a request; the last one has a finish reason. Closing the generator aborts the request.
 
-        Raises RequestRejected, before the first output, when the request is not admitted. A failure after that is an
-        output with FinishReason.ERROR.
+        `images`: the encoded files (PNG, JPEG ...) of `request.images`, one for one.
+
+        Raises RequestRejected, before the first output, when the request is not admitted; field `messages` when one of
+        the images cannot be read. A failure after that is an output with FinishReason.ERROR.
         """
         ...
 

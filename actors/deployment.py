@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import ray
@@ -13,16 +14,18 @@ from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from actors.client import EngineClient
 from actors.controller import Controller
-from actors.gateway import GRPC_SERVICER_FUNCTIONS, build_app
-from actors.member import CONTROLLER
+from actors.gateway import build_app
 from actors.ray_client import RayEngineClient
+from actors.vision import build_vision, check_room
 from cluster.config import DeploymentConfig
-from cluster.launch import connect
+from cluster.launch import CONTROLLER, connect
+from cluster.manifests_serve import APP_NAME, GRPC_SERVICER_FUNCTIONS
 from llama4.config import TextConfig
 
 Progress = Callable[[str, int, int], None]
-APP_NAME = "herder"  # of the Serve application
+Connect = Callable[[], Awaitable[EngineClient]]  # in a gateway's replica
 _PROGRESS_EVERY_S = 0.2
 _DRAIN_EVERY_S = 0.1
 _STOP_TIMEOUT_S = 30.0
@@ -110,20 +113,40 @@ def _follow(controller: ActorHandle, started: Any, on_progress: Progress) -> Non
 
 
 def _serve(config: DeploymentConfig) -> None:
-    gateway, model = config.gateway, config.model
+    gateway = config.gateway
     grpc_options = None
     if gateway.grpc.mode == "serve":
         grpc_options = {"port": gateway.grpc_port, "grpc_servicer_functions": list(GRPC_SERVICER_FUNCTIONS)}
     serve.start(http_options={"host": gateway.host, "port": gateway.http_port}, grpc_options=grpc_options)
-    app = build_app(
+    check_room(config)
+    serve.run(application(config, connect_to_engines(config)), name=APP_NAME, route_prefix="/")
+
+
+def connect_to_engines(config: DeploymentConfig) -> Connect:
+    """What makes a gateway's client of the engines and, where the model takes images, of their encoder.
+
+    Binds the encoder's deployment, of which Serve makes a handle in the gateway's replica.
+    """
+    return partial(RayEngineClient.connect, build_vision(config), config.vision.cache_bytes, config.placement_timeout_s)
+
+
+def application(config: DeploymentConfig, connect: Connect) -> serve.Application:
+    """Gateways and, through `connect`, whatever else Serve is to run.
+
+    Raises:
+        ValueError: the checkpoint is broken.
+        ConfigError: the file of API keys cannot be used.
+    """
+    model = config.model
+    return build_app(
         str(model.path),
         model.served_name,
         model.max_context or TextConfig.from_dir(model.path).max_position_embeddings,
-        gateway,
-        RayEngineClient.connect,
+        config.gateway,
+        connect,
+        vision=config.vision,
         log_level=config.log_level,
     )
-    serve.run(app, name=APP_NAME, route_prefix="/")
 
 
 def _tear_down(controller: ActorHandle, serving: bool) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from typing import ParamSpec, TypeVar
 
 from actors.answers import CallFinder, Delta, Job, piece_of
 from actors.client import EngineClient
+from actors.image_prompt import Chat, ImagePrompts, Prompt
 from actors.metrics import GatewayMetrics
 from actors.model_info import ModelInfo
 from actors.status import ClusterStatus
@@ -23,6 +25,9 @@ from engine.detokenizer import TextStream
 from engine.request import ErrorCode, FinishReason, RequestError, RequestRejected
 from engine.tokenizer import Tokenizer
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 log = logging.getLogger("herder")
 
 # Above this many characters, tokenising would hold up the other requests' streams: it is done in a thread.
@@ -30,10 +35,15 @@ _LONG_TEXT = 4096
 
 
 class GatewayCore:
-    """One served model behind both interfaces. `tokenizer` None serves token ids only."""
+    """One served model behind both interfaces. `tokenizer` None serves token ids only, `images` None no images."""
 
     def __init__(
-        self, engine: EngineClient, tokenizer: Tokenizer | None, model: ModelInfo, version: str = "unknown"
+        self,
+        engine: EngineClient,
+        tokenizer: Tokenizer | None,
+        model: ModelInfo,
+        version: str = "unknown",
+        images: ImagePrompts | None = None,
     ) -> None:
         if not model.eos_token_ids and tokenizer is not None:
             model = replace(model, eos_token_ids=tokenizer.eos_token_ids)
@@ -41,28 +51,36 @@ class GatewayCore:
         self.tokenizer = tokenizer
         self.model = model
         self.version = version
+        self.images = images
         self.metrics = GatewayMetrics(model.name)
 
     async def encode(self, text: str, add_special_tokens: bool = True, field: str = "prompt") -> list[int]:
         """Token ids of a text. Raises RequestRejected without a tokenizer."""
         if self.tokenizer is None:
             raise RequestRejected(f"{field} must be token ids: this model has no tokenizer", field=field)
-        if len(text) > _LONG_TEXT:
-            return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
-        return self.tokenizer.encode(text, add_special_tokens)
+        return await _tokenise(len(text), self.tokenizer.encode, text, add_special_tokens)
 
-    async def encode_chat(self, messages: Sequence[Mapping[str, object]], tools: ToolUse | None = None) -> list[int]:
-        """Token ids of a conversation. Raises RequestRejected without a tokenizer or a chat template."""
+    async def encode_chat(self, chat: Chat, tools: ToolUse | None = None, deadline: float | None = None) -> Prompt:
+        """The prompt of a conversation, with its images. `deadline` in Unix seconds.
+
+        Raises RequestRejected without a tokenizer or a chat template, and for images that cannot be used.
+        """
         if self.tokenizer is None:
             raise RequestRejected(
                 "messages cannot be used: this model has no tokenizer; send a prompt of token ids", field="messages"
             )
-        if not messages:
+        if not chat.messages:
             raise RequestRejected("messages must not be empty", field="messages")
         offered = [] if tools is None else [tool.definition() for tool in tools.offered]
-        if len(json.dumps([*messages, *offered])) > _LONG_TEXT:
-            return await asyncio.to_thread(self.tokenizer.encode_chat, messages, offered)
-        return self.tokenizer.encode_chat(messages, offered)
+        length = len(json.dumps([*chat.messages, *offered]))
+        if self.images is not None:
+            place, reserved = self.images.place, self.images.reserved
+            split = self.tokenizer.encode_chat_between
+            pieces = await _tokenise(length, split, chat.messages, offered, place, reserved)
+            return await self.images.fill(pieces, chat.images, deadline)
+        if chat.images:
+            raise RequestRejected("messages: this model takes no images", field="messages")
+        return Prompt(await _tokenise(length, self.tokenizer.encode_chat, chat.messages, offered))
 
     def decode(self, token_ids: Sequence[int], field: str) -> str:
         """The text of token ids, special tokens included. Raises RequestRejected without a tokenizer."""
@@ -74,7 +92,7 @@ class GatewayCore:
     async def accept(
         self,
         answer_id: str,
-        prompts: Sequence[Sequence[int]],
+        prompts: Sequence[Prompt],
         options: Options,
         default_max_tokens: int | None = None,
         tools: ToolUse | None = None,
@@ -100,8 +118,10 @@ class GatewayCore:
         for index in range(len(prompts) * count):
             request_id = answer_id if len(prompts) * count == 1 else f"{answer_id}-{index}"
             prompt, choice = prompts[index // count], index % count
-            request = make_request(self.model, request_id, prompt, options, default_max_tokens, choice)
-            jobs.append(Job(request, choice, options.skip_special_tokens, tools))
+            request = make_request(
+                self.model, request_id, prompt.token_ids, options, default_max_tokens, choice, prompt.places
+            )
+            jobs.append(Job(request, prompt.images, choice, options.skip_special_tokens, tools))
         return jobs
 
     async def generate(self, job: Job) -> AsyncGenerator[Delta, None]:
@@ -116,7 +136,7 @@ class GatewayCore:
         record = self.metrics.begin(len(request.prompt_token_ids))
         reason: str = FinishReason.ABORT
         try:
-            async with aclosing(self.engine.generate(request)) as outputs:
+            async with aclosing(self.engine.generate(request, job.images)) as outputs:
                 async for output in outputs:
                     delta = calls.take_out(piece_of(stream, output))
                     record.add(len(delta.token_ids), delta.cached_tokens)
@@ -193,3 +213,10 @@ class GatewayCore:
             return TextStream(lambda _: b"")
         skipped = self.tokenizer.special_ids if skip_special_tokens else ()
         return TextStream(self.tokenizer.token_bytes, skipped, stops, min_tokens)
+
+
+async def _tokenise(characters: int, encode: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """`encode(*args)`, in a thread if there is much to encode."""
+    if characters > _LONG_TEXT:
+        return await asyncio.to_thread(encode, *args, **kwargs)
+    return encode(*args, **kwargs)

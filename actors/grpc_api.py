@@ -19,6 +19,7 @@ from actors.api_keys import NO_KEYS, ApiKeys
 from actors.gateway_core import GatewayCore
 from actors.grpc_errors import Context, admitted, deadline
 from actors.grpc_requests import conversation, options, tool_use
+from actors.image_prompt import Prompt
 from actors.merge import merge
 from actors.validation import check_model, is_retryable, make_request_id
 from engine.request import ErrorCode, RequestError, RequestRejected
@@ -83,10 +84,10 @@ class InferenceServicer(Servicer):
             check_model(self.core.model, request.model)
             if request.WhichOneof("input") == "text":
                 special = request.add_special_tokens if request.HasField("add_special_tokens") else True
-                token_ids = await self.core.encode(request.text, special, field="text")
+                token_ids: Sequence[int] = await self.core.encode(request.text, special, field="text")
             elif request.WhichOneof("input") == "chat":
                 chat = request.chat
-                token_ids = await self.core.encode_chat(conversation(chat.messages), tool_use(chat.tools))
+                token_ids = (await self.core.encode_chat(conversation(chat.messages), tool_use(chat.tools))).token_ids
             else:
                 raise RequestRejected("input must be text or chat", field="input")
             return inference_pb2.TokenizeResponse(token_ids=token_ids, max_context=self.core.model.max_context)
@@ -128,6 +129,7 @@ class ControlServicer(Servicer):
                 eos_token_ids=model.eos_token_ids,
                 has_tokenizer=tokenizer is not None,
                 has_chat_template=tokenizer is not None and tokenizer.has_chat_template,
+                takes_images=self.core.images is not None,
             )
 
     async def GetLoad(self, request: control_pb2.GetLoadRequest, grpc_context: Context) -> control_pb2.GetLoadResponse:
@@ -209,15 +211,15 @@ async def _generate_jobs(core: GatewayCore, request: GenerateInput, context: Con
             token_ids = request.token_ids.ids
         case _:
             raise RequestRejected("prompt must be text or token_ids", field="prompt")
-    return await core.accept(make_request_id("cmpl-", request.request_id), [token_ids], wanted)
+    return await core.accept(make_request_id("cmpl-", request.request_id), [Prompt(token_ids)], wanted)
 
 
 async def _chat_jobs(core: GatewayCore, request: ChatInput, context: Context) -> list[Job]:
     check_model(core.model, request.model)
     wanted = options(request.sampling, request.options, _deadline(request.options, context))
     tools = tool_use(request.tools)
-    token_ids = await core.encode_chat(conversation(request.messages), tools)
-    return await core.accept(make_request_id("chatcmpl-", request.request_id), [token_ids], wanted, tools=tools)
+    prompt = await core.encode_chat(conversation(request.messages), tools, wanted.deadline)
+    return await core.accept(make_request_id("chatcmpl-", request.request_id), [prompt], wanted, tools=tools)
 
 
 def _deadline(asked: inference_pb2.RequestOptions, context: Context) -> float | None:

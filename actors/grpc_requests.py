@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from actors.image_prompt import Chat, Content, ImagePart, template_content
 from actors.tool_use import ToolUse
 from actors.validation import Options, json_text, json_value, template_role
 from engine.request import Grammar, RequestRejected
@@ -14,18 +15,29 @@ from engine.tools import Tool
 from herder.v1 import inference_pb2, types_pb2
 
 
-def conversation(messages: Iterable[inference_pb2.ChatMessage]) -> list[dict[str, object]]:
+def conversation(messages: Iterable[inference_pb2.ChatMessage]) -> Chat:
     """As chat templates take it: OpenAI's form."""
-    return [_message(message) for message in messages]
+    contents = [(message, [_part(part) for part in message.content]) for message in messages]
+    images = [part for _, content in contents for part in content if isinstance(part, ImagePart)]
+    return Chat([_message(message, content) for message, content in contents], images)
 
 
-def _message(message: inference_pb2.ChatMessage) -> dict[str, object]:
-    if any(part.WhichOneof("part") is None for part in message.content):
-        raise RequestRejected("messages: a content part must have a text", field="messages")
-    found: dict[str, object] = {
-        "role": template_role(message.role),
-        "content": "".join(part.text for part in message.content),
-    }
+def _part(part: inference_pb2.ContentPart) -> str | ImagePart:
+    match part.WhichOneof("part"):
+        case "text":
+            return part.text
+        case "image" if part.image.WhichOneof("source") == "data":
+            return ImagePart(part.image.data)
+        case "image" if part.image.WhichOneof("source") == "url":
+            return ImagePart(part.image.url)
+        case "image":
+            raise RequestRejected("messages: an image must have data or a url", field="messages")
+    raise RequestRejected("messages: a content part must have a text or an image", field="messages")
+
+
+def _message(message: inference_pb2.ChatMessage, content: Content) -> dict[str, object]:
+    role = template_role(message.role)
+    found: dict[str, object] = {"role": role, "content": template_content(role, content)}
     if message.tool_calls:
         if message.role != "assistant":
             raise RequestRejected("messages: only the assistant has tool_calls", field="messages")

@@ -8,10 +8,14 @@ from pydantic import Field, PlainValidator, model_validator
 
 from actors.http_formats import Strict
 from actors.http_schema import Body
+from actors.image_prompt import Chat, Content, ImagePart, template_content
 from actors.tool_use import ToolUse
 from actors.validation import Options, json_value, template_role
 from engine.request import RequestRejected
 from engine.tools import Tool
+
+# How closely OpenAI's models look. Here the image's size alone decides: each says the same.
+_DETAILS = (None, "auto", "low", "high")
 
 
 class CalledFunction(Strict):
@@ -33,17 +37,44 @@ class MessageToolCall(Strict):
         return self
 
 
+def _parse_content(value: object) -> Content:
+    """A text, or a list of OpenAI's parts. Raises RequestRejected."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list):
+        return list(map(_parse_part, value))
+    raise RequestRejected("messages: content must be a string or a list of parts", field="messages")
+
+
+def _parse_part(part: object) -> str | ImagePart:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    match part:
+        case {"type": "text", "text": str(text)}:
+            return text
+        case {"type": "image_url", "image_url": {"url": str(url), **rest}} if rest.get("detail") in _DETAILS:
+            return ImagePart(url)
+        case {"type": "text"}:
+            problem = "a content part of type 'text' must have a text"
+        case {"type": "image_url", "image_url": {"url": str()}}:
+            problem = "the detail of an image_url must be auto, low or high"
+        case {"type": "image_url"}:
+            problem = "a content part of type 'image_url' must have an image_url with a url"
+        case _:
+            problem = f"content of type {str(kind)[:64]!r} is not supported here"
+    raise RequestRejected(f"messages: {problem}", field="messages")
+
+
 class Message(Strict):
-    """One turn. Parts of its content become one text."""
+    """One turn."""
 
     role: str
-    content: str
+    content: Annotated[Content, PlainValidator(_parse_content, json_schema_input_type=str | list[dict[str, Any]])]
     tool_calls: list[MessageToolCall] = Field(default_factory=list)
     tool_call_id: str = ""
 
     @model_validator(mode="before")
     @classmethod
-    def _join_parts(cls, data: object) -> object:
+    def _prepare(cls, data: object) -> object:
         if not isinstance(data, dict):
             raise RequestRejected("messages must be made of objects with role and content", field="messages")
         for name in ("function_call", "audio"):
@@ -52,18 +83,9 @@ class Message(Strict):
         data = {name: value for name, value in data.items() if value is not None or name == "content"}
         if isinstance(role := data.get("role"), str):
             template_role(role)
-        content = data.get("content")
-        if content is None and data.get("tool_calls"):
+        if data.get("content") is None and data.get("tool_calls"):
             return {**data, "content": ""}
-        if not isinstance(content, list):
-            return data
-        for part in content:
-            if not isinstance(part, dict) or part.get("type") != "text":
-                kind = str(part.get("type"))[:64] if isinstance(part, dict) else type(part).__name__
-                raise RequestRejected(f"messages: content of type {kind!r} is not supported here", field="messages")
-            if not isinstance(part.get("text"), str):
-                raise RequestRejected("messages: a content part of type 'text' must have a text", field="messages")
-        return {**data, "content": "".join(part["text"] for part in content)}
+        return data
 
     @model_validator(mode="after")
     def _check_role(self) -> Self:
@@ -73,7 +95,8 @@ class Message(Strict):
 
     def for_template(self) -> dict[str, object]:
         """In OpenAI's form, with the role that chat templates know."""
-        message: dict[str, object] = {"role": template_role(self.role), "content": self.content}
+        role = template_role(self.role)
+        message: dict[str, object] = {"role": role, "content": template_content(role, self.content)}
         if self.tool_calls:
             message["tool_calls"] = [call.model_dump() for call in self.tool_calls]
         if self.tool_call_id:
@@ -140,9 +163,10 @@ class Conversation(Strict):
             return ToolUse(tools, "named", choice.name, parallel)
         return ToolUse(tools, choice, parallel=parallel)
 
-    def conversation(self) -> list[dict[str, object]]:
-        """As chat templates take it."""
-        return [message.for_template() for message in self.messages]
+    def conversation(self) -> Chat:
+        """As chat templates take it. Raises RequestRejected."""
+        images = [part for message in self.messages for part in message.content if isinstance(part, ImagePart)]
+        return Chat([message.for_template() for message in self.messages], images)
 
 
 class ChatBody(Body, Conversation):

@@ -17,6 +17,7 @@ from actors.http_chat_schema import ChatBody
 from actors.http_choices import ChatChoice, CompletionChoice, prompt_logprobs
 from actors.http_schema import Body, CompletionBody
 from actors.http_streams import EventStream, unless_disconnected
+from actors.image_prompt import Prompt
 from actors.merge import merge
 from actors.validation import check_model, deadline_after, make_request_id
 from engine.request import RequestRejected
@@ -45,7 +46,8 @@ def add_generation(app: FastAPI, core: GatewayCore) -> None:
         check_model(core.model, body.model)
         deadline = _deadline(body, request)
         answer_id = _answer_id("cmpl-", body.request_id, request)
-        prompts = [await core.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+        token_ids = [await core.encode(prompt) if isinstance(prompt, str) else prompt for prompt in body.prompt]
+        prompts = list(map(Prompt, token_ids))
         jobs = await core.accept(answer_id, prompts, body.options(deadline), DEFAULT_COMPLETION_TOKENS)
         makers = [CompletionChoice(core, body, index, job).choice for index, job in enumerate(jobs)]
         envelope = Envelope.new(answer_id, "text_completion", core.model.name)
@@ -60,8 +62,9 @@ def add_generation(app: FastAPI, core: GatewayCore) -> None:
         deadline = _deadline(body, request)
         answer_id = _answer_id("chatcmpl-", body.request_id, request)
         tools = body.tool_use()
-        token_ids = await core.encode_chat(body.conversation(), tools)
-        jobs = await core.accept(answer_id, [token_ids], body.options(deadline), tools=tools)
+        # Images may have to be fetched: not for a client that is gone.
+        prompt = await unless_disconnected(request.receive, core.encode_chat(body.conversation(), tools, deadline))
+        jobs = await core.accept(answer_id, [prompt], body.options(deadline), tools=tools)
         choices = [ChatChoice(core, body, index, job) for index, job in enumerate(jobs)]
         pieces = merge([core.generate(job) for job in jobs])
         if body.stream:

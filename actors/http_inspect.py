@@ -115,7 +115,7 @@ def add_inspection(app: FastAPI, core: GatewayCore) -> None:
     async def tokenize(body: TokenizeBody) -> Response:
         check_model(core.model, body.model)
         if body.prompt is None:
-            token_ids = await core.encode_chat(body.conversation(), body.tool_use())
+            token_ids = (await core.encode_chat(body.conversation(), body.tool_use())).token_ids
         else:
             token_ids = await core.encode(body.prompt, body.add_special_tokens is not False)
         answer: JsonObject = {"count": len(token_ids), "max_model_len": core.model.max_context, "tokens": token_ids}

@@ -22,13 +22,12 @@ from ray.actor import ActorHandle
 from actors.status import ActorStatus
 from cluster.config import DeploymentConfig, RoleConfig
 from cluster.holdings import Holdings
+from cluster.launch import CONTROLLER, NAMESPACE
 from dispatch.collective import Epoch
 from dispatch.groups import EpochGroup
 from dispatch.store import StoreClients, connect_store
 
 log = logging.getLogger("herder")
-
-CONTROLLER = "controller"  # the controller's name in Ray
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +136,7 @@ class Member:
     def _spawn(self, call: Callable[[ActorHandle], object]) -> None:
         async def tell() -> None:
             try:
-                call(await asyncio.to_thread(ray.get_actor, CONTROLLER))
+                call(await asyncio.to_thread(ray.get_actor, CONTROLLER, NAMESPACE))
             except ValueError:  # it is away; when it comes back, it asks everybody
                 log.debug("no controller to tell")
 

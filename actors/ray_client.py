@@ -3,7 +3,7 @@
 For every open request the client keeps its journal: the prompt and the tokens that it has passed on. When an engine
 dies, or ends a request because it ends itself, the request goes to another one with these tokens, and its stream just
 goes on. What a lost engine still sends is dropped: outputs count only if they come through the link that the request
-is at.
+is at. Images are encoded before a request goes to an engine, and again if the embeddings are lost on the way.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Literal
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import ObjectLostError, RayActorError, RayError
+from ray.serve.handle import DeploymentHandle
 
+from actors.controller_client import ControllerClient
 from actors.engine_links import EngineLink, EngineLinks
-from actors.member import CONTROLLER
+from actors.open_request import OpenRequest
 from actors.reasons import first_line
-from actors.status import ClusterStatus
-from cluster.launch import NAMESPACE
+from actors.vision_client import VisionClient
+from cluster.launch import CONTROLLER, NAMESPACE
 from engine.request import SHUTTING_DOWN, ErrorCode, FinishReason, Request, RequestError, RequestOutput, RequestRejected
 
 log = logging.getLogger("herder")
@@ -33,41 +35,19 @@ _BUSY_TIMEOUT_S = 30.0  # so long an answer that has begun waits for room at the
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.05, 1.0
 # A request may be what its engines die of: after so many in a row that gave it no token, it goes to no other.
 _MOST_FRUITLESS = 3
+_MOST_ENCODINGS = 5  # of a request's images, whose embeddings get lost with the encoder's replica
 
 _Offer = Literal["taken", "busy", "refused", "nobody"]
 
 
-@dataclass(slots=True)
-class _Open:
-    """A request under way: its journal, the link that it is at, and what has come through it.
-
-    `left`: links that it does not go back to. `fruitless`: how many engines in a row were lost before they gave a
-    token. `moving`: its engine is lost, and it is at no other yet.
-    """
-
-    request: Request
-    tokens: list[int] = field(default_factory=list)
-    link: EngineLink | None = None
-    outputs: asyncio.Queue[RequestOutput] = field(default_factory=asyncio.Queue)
-    submission: asyncio.Future[RequestRejected | None] | None = None
-    left: set[EngineLink] = field(default_factory=set)
-    tokens_before: int = 0
-    fruitless: int = 0
-    moving: bool = False
-    aborted: bool = False
-
-    def rest(self) -> Request:
-        """The request, as an engine gets it that is to go on with it."""
-        return replace(self.request, generated_token_ids=(*self.request.generated_token_ids, *self.tokens))
-
-
-class RayEngineClient:
+class RayEngineClient(ControllerClient):
     """An `EngineClient` over Ray. Make it with `connect`, inside the event loop that uses it.
 
     Args:
         find_controller: see EngineLinks.
         new_seed: a seed for each request that has none, drawn here so that an answer that moves stays the same.
         failover_timeout_s: so long an answer that has begun waits while no engine is alive.
+        vision: the image encoder; without one, requests have no images.
     """
 
     def __init__(
@@ -75,17 +55,22 @@ class RayEngineClient:
         find_controller: Callable[[], ActorHandle],
         new_seed: Callable[[], int] = lambda: random.SystemRandom().getrandbits(63),
         failover_timeout_s: float = 60.0,
+        vision: VisionClient | None = None,
     ) -> None:
+        super().__init__(EngineLinks(find_controller, self._take, self._fail))
+        self._vision = vision
         self._new_seed = new_seed
         self._failover_timeout_s = failover_timeout_s
-        self._links = EngineLinks(find_controller, self._take, self._fail)
-        self._open: dict[str, _Open] = {}
+        self._open: dict[str, OpenRequest] = {}
         self._aborts: set[asyncio.Task[None]] = set()  # held, so that they are not collected while they wait
 
     @classmethod
-    async def connect(cls) -> RayEngineClient:
-        """Finds the deployment's controller and its engines."""
-        client = cls(lambda: ray.get_actor(CONTROLLER, namespace=NAMESPACE))
+    async def connect(
+        cls, encoder: DeploymentHandle | None, cache_bytes: int, encode_timeout_s: float
+    ) -> RayEngineClient:
+        """Finds the deployment's controller and its engines. About its image encoder, if any: see VisionClient."""
+        vision = None if encoder is None else VisionClient.of(encoder, cache_bytes, encode_timeout_s)
+        client = cls(lambda: ray.get_actor(CONTROLLER, namespace=NAMESPACE), vision=vision)
         await client.start()
         return client
 
@@ -95,16 +80,24 @@ class RayEngineClient:
 
     # ---- requests
 
-    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+    async def generate(self, request: Request, images: Sequence[bytes] = ()) -> AsyncGenerator[RequestOutput, None]:
         """See EngineClient.generate. The engine with the fewest open requests of this gateway gets it."""
         if request.request_id in self._open:
             message = f"request_id {request.request_id!r} is in use by a running request"
             raise RequestRejected(message, field="request_id", code=ErrorCode.ALREADY_EXISTS)
         if request.params.seed is None:
             request = replace(request, params=replace(request.params, seed=self._new_seed()))
-        opened = self._open[request.request_id] = _Open(request)
+        opened = self._open[request.request_id] = OpenRequest(request, tuple(images))
         finished = False
         try:
+            if images:
+                opened.moving = True
+                await self._encode(opened)
+                opened.moving = False
+                if opened.aborted:
+                    finished = True
+                    yield RequestOutput(request.request_id, finish_reason=FinishReason.ABORT)
+                    return
             await self._admit(opened)
             while not finished:
                 output = await opened.outputs.get()
@@ -127,7 +120,18 @@ class RayEngineClient:
                 task.add_done_callback(self._aborts.discard)
             self._put(opened, None)
 
-    async def _admit(self, opened: _Open) -> None:
+    async def _encode(self, opened: OpenRequest) -> None:
+        """Has its images encoded, as far as they are not. Raises RequestRejected, as VisionClient.embeddings does."""
+        assert self._vision is not None, "requests have no images where there is no encoder"
+        deadline = opened.request.deadline
+        try:
+            async with asyncio.timeout(None if deadline is None else deadline - time.time()):
+                opened.embeddings = await self._vision.embeddings(opened.digests, opened.images)
+        except TimeoutError:
+            message = "the request's deadline passed while its images were encoded"
+            raise RequestRejected(message, code=ErrorCode.DEADLINE_EXCEEDED) from None
+
+    async def _admit(self, opened: OpenRequest) -> None:
         """What has not begun is refused rather than kept waiting. Raises RequestRejected."""
         refusal = RequestRejected("no attention actor is alive", code=ErrorCode.UNAVAILABLE)
         for link in self._links.by_load():
@@ -139,7 +143,7 @@ class RayEngineClient:
                 break
         raise refusal
 
-    async def _go_on(self, opened: _Open, end: RequestOutput) -> RequestOutput | None:
+    async def _go_on(self, opened: OpenRequest, end: RequestOutput) -> RequestOutput | None:
         """Brings a request whose engine is lost to another one. Returns its last output if that cannot be."""
         assert opened.link is not None and end.error is not None
         opened.left.add(opened.link)
@@ -157,7 +161,7 @@ class RayEngineClient:
             return RequestOutput(opened.request.request_id, finish_reason=FinishReason.ABORT)
         return end
 
-    async def _find_taker(self, opened: _Open, wait_for_engines: bool) -> bool:
+    async def _find_taker(self, opened: OpenRequest, wait_for_engines: bool) -> bool:
         """Offers the request around until an engine has taken it; False if there is none to be hoped for."""
         start, pause = time.monotonic(), _FIRST_PAUSE_S
         deadline_s = float("inf") if opened.request.deadline is None else opened.request.deadline - time.time()
@@ -178,7 +182,7 @@ class RayEngineClient:
                 pause = min(2 * pause, _LAST_PAUSE_S)
         return False
 
-    async def _offer(self, opened: _Open) -> _Offer:
+    async def _offer(self, opened: OpenRequest) -> _Offer:
         """Asks each engine once: `busy` if any may have room later, else `refused` if any takes nothing any more."""
         found: _Offer = "nobody"
         for link in self._links.by_load():
@@ -196,20 +200,41 @@ class RayEngineClient:
                 found = "refused"
         return found
 
-    async def _submit(self, opened: _Open, link: EngineLink) -> RequestRejected | None:
+    async def _submit(self, opened: OpenRequest, link: EngineLink) -> RequestRejected | None:
         """Submits a request with its journal; returns why not, if the engine does not take it."""
         self._put(opened, link)
-        opened.submission = asyncio.ensure_future(link.actor.submit.remote(opened.rest(), link.gateway_id))
-        try:
-            # Shielded: when the client goes away meanwhile, the abort has to come after the submission.
-            return await asyncio.shield(opened.submission)
-        except RayActorError as error:
-            self._links.lose(link, f"does not answer: {first_line(error)}")
-        except RayError as error:
-            log.error("not submitted request_id=%s reason=%s", opened.request.request_id, error)
+        for _ in range(_MOST_ENCODINGS):
+            # Ray fetches the embeddings before it makes the call: the actor finds them in its node's object store.
+            submission = link.actor.submit.remote(opened.rest(), link.gateway_id, *opened.embeddings)
+            opened.submission = asyncio.ensure_future(submission)
+            try:
+                # Shielded: when the client goes away meanwhile, the abort has to come after the submission.
+                return await asyncio.shield(opened.submission)
+            except ObjectLostError as error:
+                log.warning("images lost request_id=%s reason=%s", opened.request.request_id, first_line(error))
+                if (refusal := await self._encode_anew(opened)) is not None:
+                    return refusal
+            except RayActorError as error:
+                self._links.lose(link, f"does not answer: {first_line(error)}")
+                break
+            except RayError as error:
+                log.error("not submitted request_id=%s reason=%s", opened.request.request_id, error)
+                break
+        else:
+            return RequestRejected("the embeddings of its images get lost again and again", code=ErrorCode.UNAVAILABLE)
         return RequestRejected(f"{link.name} does not answer", code=ErrorCode.UNAVAILABLE)
 
-    def _put(self, opened: _Open, link: EngineLink | None) -> None:
+    async def _encode_anew(self, opened: OpenRequest) -> RequestRejected | None:
+        """After its embeddings were lost; returns why there are no others."""
+        assert self._vision is not None
+        self._vision.forget(opened.digests)
+        try:
+            await self._encode(opened)
+        except RequestRejected as refusal:
+            return refusal
+        return None
+
+    def _put(self, opened: OpenRequest, link: EngineLink | None) -> None:
         """From now on the request is at this link, and only what comes through it counts."""
         before, opened.link, opened.outputs = opened.link, link, asyncio.Queue()
         if link is not None:
@@ -241,51 +266,10 @@ class RayEngineClient:
         )
         return moving + sum(answer for answer in answers if isinstance(answer, int))
 
-    # ---- the controller
-
-    async def drain(self) -> int:
-        """See EngineClient.drain."""
-        remaining: int = await self._controller.drain.remote()
-        return remaining
-
-    async def scale(self, role: Literal["experts", "attention"], actors: int) -> None:
-        """See EngineClient.scale."""
-        _raise(await self._controller.scale.remote(role, actors))
-
-    async def move(self, expert: int, to_slot: int, layer: int | None = None, from_slot: int | None = None) -> None:
-        """See EngineClient.move."""
-        _raise(await self._controller.move.remote(expert, to_slot, layer, from_slot))
-
-    async def drain_slot(self, slot: int) -> None:
-        """See EngineClient.drain_slot."""
-        _raise(await self._controller.drain_slot.remote(slot))
-
-    async def rebalance(self) -> bool:
-        """See EngineClient.rebalance."""
-        moved: bool | RequestRejected = await self._controller.rebalance.remote()
-        if isinstance(moved, RequestRejected):
-            raise moved
-        return moved
-
-    async def status(self) -> ClusterStatus:
-        """See EngineClient.status."""
-        status: ClusterStatus = await self._controller.status.remote()
-        return status
-
-    @property
-    def _controller(self) -> ActorHandle:
-        assert self._links.controller is not None, "start comes first"
-        return self._links.controller
-
 
 def _engine_is_lost(output: RequestOutput) -> bool:
     """Whether the request ended for no reason of its own."""
     return output.error is not None and output.error.retryable and output.error.code is ErrorCode.UNAVAILABLE
-
-
-def _raise(refusal: RequestRejected | None) -> None:
-    if refusal is not None:
-        raise refusal
 
 
 async def _abort_submitted(

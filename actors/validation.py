@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from actors.model_info import ModelInfo
-from engine.request import ErrorCode, Grammar, Request, RequestError, RequestRejected, SamplingParams
+from engine.request import ErrorCode, Grammar, PromptImage, Request, RequestError, RequestRejected, SamplingParams
 
 MAX_STOP_STRINGS = 16
 MAX_CHOICES = 16
@@ -158,10 +158,11 @@ def make_request(
     options: Options,
     default_max_tokens: int | None,
     choice: int = 0,
+    images: tuple[PromptImage, ...] = (),
 ) -> Request:
     """The request for the engine. `default_max_tokens` None is the rest of the context.
 
-    `choice` counts the answers to one prompt: each has a seed of its own.
+    `choice` counts the answers to one prompt: each has a seed of its own. `images` are places in the prompt.
     """
     if not prompt_token_ids:
         raise RequestRejected("prompt must not be empty", field="prompt")
@@ -202,6 +203,7 @@ def make_request(
         priority=options.priority,
         cache_salt=options.cache_salt,
         grammar=options.grammar,
+        images=images,
     )
 
 

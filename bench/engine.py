@@ -19,7 +19,9 @@ from llama4.config import TextConfig
 PARTS = ("decode", "prefill", "context", "transformers", "distributed")
 BATCHES = (1, 16, 64)
 PREFILLS = (128, 2048)
+CONTEXT_BATCHES = (1, 4)
 CONTEXTS = (128, 1024, 4096, 8160, 16352, 32736)  # the last ones end just before a chunk does
+SHAPE = Shape()
 Row = dict[str, Cell]
 
 
@@ -73,25 +75,30 @@ def prefill_row(tokens: int, found: list[float], costs: Costs, limits: Limits) -
     }
 
 
-def context_rows(engine: LocalEngine, costs: Costs, limits: Limits, steps: int) -> list[Row]:
-    """`extra` is what a step takes, or reads, more than at the first context."""
+def context_rows(engine: LocalEngine, costs: Costs, limits: Limits, batch: int, steps: int) -> list[Row]:
+    """`extra` is what a step takes, or reads, more than at the first context; `% of read` is its part of the limit."""
     rows: list[Row] = []
     first: tuple[float, int] | None = None
     for context in CONTEXTS:
-        run = engine.decode(1, context, steps)
-        read = costs.kv_bytes(context + steps // 2)
+        if batch * (context + 2 * steps) > SHAPE.kv_tokens:
+            break
+        run = engine.decode(batch, context, steps)
+        read = batch * costs.kv_bytes(context + steps // 2)
         first = first or (run.median, read)
         extra_s, extra_bytes = run.median - first[0], read - first[1]
         nbytes = costs.weight_bytes(run.parts["experts_hit"])
+        rate = extra_bytes / extra_s if extra_s > 0 and extra_bytes else None
         rows.append(
             {
+                "batch": str(batch),
                 "context": str(context),
-                "ms/token": run.median * 1e3,
+                "ms/step": run.median * 1e3,
                 "KV MB": read / 1e6,
                 "time x": run.median / first[0],
                 "bytes read x": (nbytes + read) / (nbytes + first[1]),
                 "extra ms": extra_s * 1e3,
-                "extra KV GB/s": extra_bytes / extra_s / 1e9 if extra_s > 0 and extra_bytes else None,
+                "extra KV GB/s": rate / 1e9 if rate else None,
+                "% of read": 100 * rate / limits.bandwidth if rate else None,
             }
         )
     return rows
@@ -159,7 +166,7 @@ def main(
     costs = Costs(TextConfig.from_dir(checkpoint))
     ours: dict[str, float] = {}
 
-    engine = single_process(checkpoint, Shape())
+    engine = single_process(checkpoint, SHAPE)
     if parts & {"decode", "transformers", "distributed"}:
         runs = [engine.decode(batch, context, steps, temperature) for batch in BATCHES]
         ours |= {f"decode {run.batch}": run.median for run in runs}
@@ -170,12 +177,13 @@ def main(
         ours |= {f"prefill {tokens}": statistics.median(taken) for tokens, taken in found.items()}
         report.add("prefill", [prefill_row(tokens, taken, costs, limits) for tokens, taken in found.items()])
     if "context" in parts:
-        report.add("one sequence, growing context", context_rows(engine, costs, limits, steps))
+        found_rows = [row for batch in CONTEXT_BATCHES for row in context_rows(engine, costs, limits, batch, steps)]
+        report.add("growing context", found_rows)
     engine.close()
     del engine
     if "distributed" in parts:
         roles = Roles(attention_threads, expert_threads, omp_wait)
-        found_runs = measure(checkpoint, Shape(), Work(BATCHES, context, steps), roles)
+        found_runs = measure(checkpoint, SHAPE, Work(BATCHES, context, steps), roles)
         title = f"1 attention ({attention_threads} threads) + 1 expert process ({expert_threads} threads), gloo"
         report.add(title, distributed_rows(found_runs, ours))
     if "transformers" in parts:

@@ -5,6 +5,7 @@ Both ways give the same: an iterator of text pieces. All that goes wrong becomes
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -59,8 +60,11 @@ class Server:
 
 @dataclass(frozen=True, slots=True)
 class Message:
+    """`images`: files' bytes, or URLs. The model sees them in their order, before the text."""
+
     role: str
     text: str
+    images: tuple[bytes | str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,13 +107,26 @@ def _serving(http_port: int | None) -> Run:
 def chat_body(messages: Sequence[Message], sampling: Sampling, model: str, stream: bool) -> dict[str, Any]:
     body: dict[str, Any] = {
         "model": model,
-        "messages": [{"role": message.role, "content": message.text} for message in messages],
+        "messages": [{"role": message.role, "content": _content(message)} for message in messages],
         "temperature": sampling.temperature,
         "stream": stream,
     }
     if sampling.max_tokens is not None:
         body["max_tokens"] = sampling.max_tokens
     return body
+
+
+def _content(message: Message) -> str | list[dict[str, Any]]:
+    if not message.images:
+        return message.text
+    images = [{"type": "image_url", "image_url": {"url": _image_url(image)}} for image in message.images]
+    return [*images, {"type": "text", "text": message.text}]
+
+
+def _image_url(image: bytes | str) -> str:
+    if isinstance(image, str):
+        return image
+    return f"data:application/octet-stream;base64,{base64.b64encode(image).decode()}"  # servers look at the bytes
 
 
 def http_model(server: Server) -> str:
@@ -188,12 +205,17 @@ def http_fault(url: str, error: httpx.HTTPError) -> CliError:
 def chat_stream_request(messages: Sequence[Message], sampling: Sampling) -> inference_pb2.ChatStreamRequest:
     return inference_pb2.ChatStreamRequest(
         model=sampling.model or "",
-        messages=[
-            inference_pb2.ChatMessage(role=message.role, content=[inference_pb2.ContentPart(text=message.text)])
-            for message in messages
-        ],
+        messages=[inference_pb2.ChatMessage(role=message.role, content=_parts(message)) for message in messages],
         sampling=types_pb2.SamplingParams(temperature=sampling.temperature, max_tokens=sampling.max_tokens),
     )
+
+
+def _parts(message: Message) -> list[inference_pb2.ContentPart]:
+    items = [
+        inference_pb2.MediaItem(url=image) if isinstance(image, str) else inference_pb2.MediaItem(data=image)
+        for image in message.images
+    ]
+    return [*(inference_pb2.ContentPart(image=item) for item in items), inference_pb2.ContentPart(text=message.text)]
 
 
 def stream_grpc(server: Server, messages: Sequence[Message], sampling: Sampling) -> Iterator[str]:

@@ -9,7 +9,9 @@ from cli.chat import chat
 from cli.drain import drain
 from cli.eval import evaluate
 from cli.move import move
+from cli.plan import plan
 from cli.rebalance import rebalance
+from cli.render import app as render
 from cli.scale import scale
 from cli.serve import serve
 from cli.status import status
@@ -27,6 +29,8 @@ app.command()(chat)
 app.command()(status)
 app.command("eval")(evaluate)
 app.command()(validate)
+app.command()(plan)
+app.add_typer(render, name="render")
 app.command()(scale)
 app.command()(move)
 app.command()(rebalance)

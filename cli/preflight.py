@@ -14,16 +14,19 @@ from cli.report import CliError
 from cluster.config import ConfigError, DeploymentConfig, GatewayConfig, load_config
 from cluster.placement import plan_experts
 from dispatch.expert_map import ExpertMap
+from engine.image_spec import ImageSpec
 from llama4.config import TextConfig
+from llama4.vision_config import VisionConfig
 from llama4.weights import Checkpoint
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A deployment that can start."""
+    """A deployment that can start. `images`: how its model takes them; None if it does not."""
 
     config: DeploymentConfig
     model: TextConfig
+    images: ImageSpec | None
     experts: ExpertMap
 
 
@@ -51,7 +54,8 @@ def preflight(
         raise CliError(f"model.path: there is no directory {path}", code=2)
     try:
         model = TextConfig.from_dir(path, router_scores=config.model.router_scores)
-        Checkpoint(path).validate(model)
+        images = ImageSpec.from_dir(path)
+        Checkpoint(path).validate(model, None if images is None else VisionConfig.from_dir(path))
     except (ValueError, OSError) as error:
         raise CliError(f"model.path: {error}", code=2) from None
     if config.model.max_context is not None and config.model.max_context > model.max_position_embeddings:
@@ -60,7 +64,7 @@ def preflight(
             f"{model.max_position_embeddings}",
             code=2,
         )
-    return Plan(config, model, plan_experts(config, model.num_local_experts, model.moe_layers))
+    return Plan(config, model, images, plan_experts(config, model.num_local_experts, model.moe_layers))
 
 
 def check_files(gateway: GatewayConfig) -> None:

@@ -16,7 +16,7 @@ import typer
 from cli.progress import LoadProgress
 from cli.report import CliError, err, out, verb
 from cli.runfile import Run, live_runs
-from cli.validate import ConfigPath, ModelDir, Settings
+from cli.validate import ConfigPath, ModelDir, Settings, summary
 from cluster.config import ConfigError, DeploymentConfig
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ def serve(
     address: Annotated[
         str | None, typer.Option(help="A running Ray cluster, as auto or ray-head:6379; without it, Ray starts here.")
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check all that is checked before a start, and print what would start.")
+    ] = False,
 ) -> None:
     """Start a deployment and keep it until Ctrl-C, SIGTERM or `herder stop`.
 
@@ -57,6 +60,9 @@ def serve(
     deployment = plan.config
     if address is None:  # with an address, the ports are the cluster's own
         check_ports(deployment.gateway)
+    if dry_run:
+        out().print(summary(plan))
+        return
     for other in live_runs():
         if other.http_port == deployment.gateway.http_port:
             raise CliError(

@@ -6,13 +6,14 @@ Every problem is one sentence that names the dotted field; an unknown key names 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
+from cluster.config_checks import cross_problems
 from cluster.config_errors import ConfigError, sentences
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
@@ -46,14 +47,12 @@ class ModelConfig(_Section):
         return self.name or self.path.name
 
 
-class RoleConfig(_Section):
-    """How many actors of one role there are, what each reserves in Ray, and how Ray spreads them over nodes."""
+class ReservationConfig(_Section):
+    """What one actor reserves in Ray, and so where it computes."""
 
-    actors: Count = 1
     num_cpus: Amount = 1.0
     num_gpus: Annotated[float, Field(ge=0, le=1)] = 0.0  # 0: on the CPU; 1: on a GPU of its own
     resources: dict[str, Annotated[float, Field(gt=0)]] = {}
-    strategy: Strategy = "PACK"
     threads: Count | None = None  # torch threads; None: num_cpus, rounded down, at least 1
 
     @property
@@ -63,6 +62,13 @@ class RoleConfig(_Section):
     @property
     def compute_threads(self) -> int:
         return self.threads or max(1, int(self.num_cpus))
+
+
+class RoleConfig(ReservationConfig):
+    """How many actors of one role there are, and how Ray spreads them over nodes."""
+
+    actors: Count = 1
+    strategy: Strategy = "PACK"
 
 
 class AttentionConfig(RoleConfig):
@@ -101,6 +107,29 @@ class BalanceConfig(_Section):
     interval_s: Seconds = 30.0  # auto: between two looks at the loads
     window_s: Seconds = 30.0  # time constant of the loads' moving average
     threshold: Annotated[float, Field(gt=1)] = 1.2  # auto: max/mean load per actor above which experts are moved
+
+
+class VisionConfig(ReservationConfig):
+    """The image encoder, a Serve deployment that scales by its own load; and what images a request may bring.
+
+    Read only when the checkpoint has an image encoder. `num_gpus` may be a part of a GPU, which replicas then share.
+    """
+
+    min_replicas: Annotated[int, Field(ge=0)] = 1  # 0: the first image after a quiet time waits for a replica to load
+    max_replicas: Count = 1
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 4.0  # images that a replica has under way; more: scale up
+    upscale_delay_s: Amount = 5.0  # how long the load has to be above the target
+    downscale_delay_s: Amount = 300.0  # and how long below
+    max_batch_tiles: Count = 16  # encoded in one pass
+    cache_bytes: Count = 2**30  # of embeddings in the object store that a replica or a gateway keeps for later requests
+    allow_urls: bool = False  # of http and https; data: URLs are always allowed
+    # Where these may lead: names, and *.example.org for all below one. Empty: to any public host. Only a host with a
+    # port (store.example.org:9000) may be at a private address.
+    url_hosts: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    url_timeout_s: Seconds = 10.0  # for a whole download
+    max_images: Count = 16  # of one request
+    max_image_bytes: Count = 10 * 2**20  # of an encoded file
+    max_image_pixels: Count = 50_000_000  # of a decoded one
 
 
 class TlsConfig(_Section):
@@ -144,13 +173,14 @@ class DeploymentConfig(_Section):
     engine: EngineConfig = EngineConfig()
     transport: TransportConfig = TransportConfig()
     balance: BalanceConfig = BalanceConfig()
+    vision: VisionConfig = VisionConfig()
     gateway: GatewayConfig = GatewayConfig()
     placement_timeout_s: Seconds = 300.0  # for Ray to find room; an autoscaler needs minutes
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
 
     @model_validator(mode="after")
     def _check(self) -> DeploymentConfig:
-        problems = list(_cross_problems(self))
+        problems = list(cross_problems(self))
         if problems:
             raise ConfigError(problems)
         return self
@@ -234,42 +264,3 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             raise ConfigError([f"--set {override}: {part} is a value, not a section"])
         section = inner
     section[keys[-1]] = value
-
-
-def _cross_problems(config: DeploymentConfig) -> Iterator[str]:
-    for name, role in (("attention", config.attention), ("experts", config.experts)):
-        if role.num_cpus == 0 and role.num_gpus == 0 and not role.resources:
-            yield f"{name}.num_cpus must be above 0 when {name} reserves no GPU and no resources"
-        reserved = {"CPU": "num_cpus", "GPU": "num_gpus"}
-        for resource in role.resources.keys() & reserved.keys():
-            yield f"{name}.resources must not hold {resource}: use {name}.{reserved[resource]}"
-        if role.num_gpus not in (0, 1):
-            yield f"{name}.num_gpus must be 0 or 1, not {role.num_gpus:g}: NCCL needs a GPU of its own for each actor"
-    if config.attention.device != config.experts.device:
-        yield "attention.num_gpus and experts.num_gpus must be equal: tokens travel between devices of one kind"
-    if config.transport.kind == "p2p" and "cuda" in (config.attention.device, config.experts.device):
-        yield "transport.kind p2p carries rows between CPUs only: with num_gpus above 0 use all_to_all, or auto"
-    if config.experts.replicas > config.experts.actors:
-        yield (
-            f"experts.replicas ({config.experts.replicas}) must be at most experts.actors ({config.experts.actors}): "
-            "the holders of an expert are different actors"
-        )
-    engine = config.engine
-    if engine.max_running > engine.max_batch_tokens:
-        yield (
-            f"engine.max_running ({engine.max_running}) must be at most engine.max_batch_tokens "
-            f"({engine.max_batch_tokens}): every running request takes a row of each step"
-        )
-    if engine.kv_tokens % engine.page_size:
-        yield f"engine.kv_tokens ({engine.kv_tokens}) must be a multiple of engine.page_size ({engine.page_size})"
-    if config.model.max_context is not None and config.model.max_context > engine.kv_tokens:
-        yield (
-            f"model.max_context ({config.model.max_context}) must be at most engine.kv_tokens ({engine.kv_tokens}): "
-            "a longer request could never run"
-        )
-    if config.gateway.http_port == config.gateway.grpc_port:
-        yield f"gateway.grpc_port must differ from gateway.http_port ({config.gateway.http_port})"
-    if config.gateway.grpc.tls is not None and config.gateway.grpc.mode == "serve":
-        yield "gateway.grpc.tls needs gateway.grpc.mode to be standalone: Ray Serve's proxy has no TLS"
-    if not all(key.get_secret_value().strip() for key in config.gateway.api_keys):
-        yield "gateway.api_keys must not hold an empty key"

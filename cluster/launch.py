@@ -20,9 +20,10 @@ from cluster.placement import RoleBundles, bundles
 log = logging.getLogger("herder")
 
 NAMESPACE = "herder"
+CONTROLLER = "controller"  # the controller's name there
 _START_ATTEMPTS = 3
 _START_PAUSE_S = 2.0
-_ENVIRONMENT = {
+ENVIRONMENT = {
     # torch's store looks its peers up in DNS at every connection; without an answer, each would take five seconds.
     "RES_OPTIONS": "timeout:1 attempts:1",
     # A dead peer is an error to deal with, not an end of the process.
@@ -41,13 +42,14 @@ def connect(config: DeploymentConfig, address: str | None) -> None:
     if address is None:
         # A machine of our own holds whatever the configuration asks for, even if its actors then share cores.
         asked = sum(bundle.get("CPU", 0.0) for role in bundles(config).values() for bundle in role.bundles)
+        asked += config.vision.max_replicas * config.vision.num_cpus
         num_cpus = max(os.cpu_count() or 1, math.ceil(asked))
     options: dict[str, Any] = {
         "address": address or "local",
         "num_cpus": num_cpus,
         "include_dashboard": True if address is None else None,
         "namespace": NAMESPACE,
-        "runtime_env": {"env_vars": _ENVIRONMENT},
+        "runtime_env": {"env_vars": ENVIRONMENT},
         "log_to_driver": False,
         "logging_level": logging.ERROR,
     }

@@ -1,6 +1,7 @@
 """The engine: requests in, one list of outputs per step out. An attention actor is one of these on a thread.
 
-`submit`, `abort`, `drain`, `stop` and `load` may be called from any thread; everything else happens in `run`.
+`submit`, `abort`, `drain`, `stop`, `limit_waiting` and `load` may be called from any thread; everything else happens in
+`run`.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from dispatch.gate import StepAnswer
 from dispatch.groups import GroupBroken
 from engine.grammar import Matcher, replay
+from engine.patches import PromptPatches
 from engine.request import SHUTTING_DOWN, EngineLoad, ErrorCode, FinishReason, Request, RequestError, RequestOutput
 from engine.scheduler import Scheduler
 from engine.sequence import ScheduledSequence
@@ -105,7 +108,7 @@ class Engine:
         self._clock = clock
         self._lock = threading.Lock()
         self.drained = threading.Event()
-        self._arrived: list[tuple[Request, Matcher | None]] = []
+        self._arrived: list[tuple[Request, Matcher | None, PromptPatches | None]] = []
         self._aborted: list[str] = []
         self._known: set[str] = set()
         self._failure: RequestError | None = None  # why nothing is admitted any more
@@ -118,9 +121,10 @@ class Engine:
 
     # ---- from any thread
 
-    def submit(self, request: Request, matcher: Matcher | None = None) -> None:
+    def submit(self, request: Request, matcher: Matcher | None = None, patches: PromptPatches | None = None) -> None:
         """Queues a request. Its tokens will be those that `matcher`, a new one, lets through.
 
+        `patches`: what its images have become; None if it has none.
         Raises RequestRejected when it is not taken.
         """
         if matcher is not None:
@@ -136,7 +140,7 @@ class Engine:
                 ).rejection(field="request_id")
             self._scheduler.check(request, queued=len(self._arrived) + len(self._scheduler.waiting))
             self._known.add(request.request_id)
-            self._arrived.append((request, matcher))
+            self._arrived.append((request, matcher, patches))
         self._gate.ring()
 
     def abort(self, request_ids: Sequence[str]) -> int:
@@ -160,6 +164,10 @@ class Engine:
         """Makes `run` return; requests that are under way fail as retryable."""
         self._leaving = True
         self._gate.ring()
+
+    def limit_waiting(self, max_waiting: int) -> None:
+        """From now on so many requests may wait; those that do stay."""
+        self._scheduler.limits = replace(self._scheduler.limits, max_waiting=max_waiting)
 
     def load(self) -> EngineLoad:
         """What the engine is doing right now."""
@@ -242,9 +250,9 @@ class Engine:
         with self._lock:
             arrived, self._arrived = self._arrived, []
             aborted, self._aborted = self._aborted, []
-            for request, matcher in arrived:
+            for request, matcher, patches in arrived:
                 self._scheduler.add(request)
-                self._stepper.expect(request, matcher)
+                self._stepper.expect(request, matcher, patches)
         late = RequestError(ErrorCode.DEADLINE_EXCEEDED, "the request's deadline has passed")
         self._end(aborted, FinishReason.ABORT, None)
         self._end(self._scheduler.overdue(), FinishReason.ERROR, late)
@@ -261,9 +269,10 @@ class Engine:
         with self._lock:
             self._failure = error
             arrived, self._arrived = self._arrived, []
-            under_way = self._known.difference(request.request_id for request, _ in arrived)
+            unseen = [request.request_id for request, _, _ in arrived]
+            under_way = self._known.difference(unseen)
         self._end(sorted(under_way), FinishReason.ERROR, error)
-        self._send([RequestOutput(r.request_id, finish_reason=FinishReason.ERROR, error=error) for r, _ in arrived])
+        self._send([RequestOutput(name, finish_reason=FinishReason.ERROR, error=error) for name in unseen])
 
     def _send(self, outputs: list[RequestOutput]) -> None:
         finished = [output.request_id for output in outputs if output.finish_reason is not None]

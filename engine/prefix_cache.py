@@ -5,7 +5,7 @@ that a later sequence may want. Cached pages count as available: they are taken,
 free, so the cache never causes a shortage.
 
 A full page is known by a chained hash over everything that its keys and values depend on: a salt, all tokens before it,
-and its own. So equal hashes mean equal content, in the layers of every kind.
+its own, and for tokens of an image, the image. So equal hashes mean equal content, in the layers of every kind.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+
+from engine.request import PromptImage
 
 _DIGEST_BYTES = 16
 
 
-def extend_hashes(hashes: list[bytes], tokens: Sequence[int], page_size: int, salt: str) -> None:
+def extend_hashes(
+    hashes: list[bytes], tokens: Sequence[int], page_size: int, salt: str, images: Sequence[PromptImage] = ()
+) -> None:
     """Appends the hashes of those full pages of `tokens` that `hashes` does not have yet.
 
-    The same on every machine: BLAKE2b over the parent page's hash and the token ids as little-endian 32-bit integers.
+    The same on every machine: BLAKE2b over the parent page's hash and the token ids as little-endian 32-bit integers;
+    then for each image that has tokens in the page: the first one's place in the page and in the image, and its digest.
     """
     start, stop = len(hashes) * page_size, len(tokens) // page_size * page_size
     if start == stop:
@@ -30,8 +35,16 @@ def extend_hashes(hashes: list[bytes], tokens: Sequence[int], page_size: int, sa
     layout = struct.Struct(f"<{page_size}I")
     for first in range(start, stop, page_size):
         packed = layout.pack(*tokens[first : first + page_size])
-        parent = hashlib.blake2b(parent + packed, digest_size=_DIGEST_BYTES).digest()
+        content = b"".join(_image_parts(images, first, first + page_size))
+        parent = hashlib.blake2b(parent + packed + content, digest_size=_DIGEST_BYTES).digest()
         hashes.append(parent)
+
+
+def _image_parts(images: Sequence[PromptImage], first: int, stop: int) -> Iterator[bytes]:
+    for image in images:
+        if image.start < stop and image.stop > first:
+            begin = max(image.start, first)
+            yield struct.pack("<II", begin - first, begin - image.start) + image.digest
 
 
 class PagePool:

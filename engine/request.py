@@ -145,12 +145,29 @@ class Grammar:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptImage:
+    """An image in a prompt: `length` of its tokens, from `start` on. Its patch tokens stand for the image's content.
+
+    `digest` names that content, which is not here but goes beside the request (see engine.images.image_digest).
+    """
+
+    start: int
+    length: int
+    digest: bytes
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.length
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One accepted prompt. `eos_token_ids` end it unless `params.ignore_eos`; `deadline` is in Unix seconds.
 
     `priority`: lower ones run first. Requests share cached prefixes only with those of the same `cache_salt`.
     `generated_token_ids`: the beginning of the answer, which another engine has generated and the client has; this one
-    goes on behind it, and what it has said of the prompt is not said again.
+    goes on behind it, and what it has said of the prompt is not said again. `images`: in the order of their places,
+    which do not overlap.
     """
 
     request_id: str
@@ -162,6 +179,7 @@ class Request:
     cache_salt: str = ""
     grammar: Grammar | None = None
     generated_token_ids: tuple[int, ...] = ()
+    images: tuple[PromptImage, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -132,7 +132,7 @@ class Scheduler:
             sequence, start = item.sequence, item.sequence.computed
             end = sequence.computed = start + item.rows
             if end // page_size > start // page_size:
-                extend_hashes(sequence.hashes, sequence.tokens, page_size, sequence.request.cache_salt)
+                self._extend_hashes(sequence)
                 self.pages.register(sequence.table, sequence.hashes, start, end)
             self.pages.release_past(sequence.table, end)
 
@@ -251,11 +251,15 @@ class Scheduler:
         if sequence.request.params.prompt_logprobs is not None and not sequence.generated:
             return  # all rows' logits are wanted
         page_size = self.pages.page_size
-        extend_hashes(sequence.hashes, sequence.tokens, page_size, sequence.request.cache_salt)
+        self._extend_hashes(sequence)
         hashes = sequence.hashes[: (len(sequence.tokens) - 1) // page_size]
         count = self.pages.longest_prefix(hashes)
         self.pages.adopt(sequence.table, hashes[:count])
         sequence.computed = count * page_size
+
+    def _extend_hashes(self, sequence: Sequence) -> None:
+        request = sequence.request
+        extend_hashes(sequence.hashes, sequence.tokens, self.pages.page_size, request.cache_salt, request.images)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1

@@ -1,6 +1,6 @@
 """One step: the scheduled rows through the model, then a token for every sequence whose last row was among them.
 
-T rows of the step, N rows whose logits are wanted, D hidden width, V vocabulary.
+T rows of the step, N rows of it (those whose logits are wanted; those of images), D hidden width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from torch import Tensor
 
 from engine.bitmask import allocate_masks
 from engine.grammar import GrammarError, Matcher
+from engine.patches import PromptPatches
 from engine.penalties import Penalties
 from engine.request import ErrorCode, FinishReason, Request, RequestError, RequestOutput, TokenLogprob
 from engine.sampler import SampleRow, sample, token_logprobs
 from engine.sequence import ScheduledSequence, Sequence
 from llama4.decoder import Decoder
-from llama4.kv_pages import Batch, KVPages, Segment
+from llama4.kv_pages import Batch, InputRows, KVPages, Segment
 from llama4.moe import Dispatcher
 
 _SCORED_ROWS = 128  # of a prompt at a time: a long prompt's logits would take gigabytes
@@ -57,9 +58,16 @@ class Stepper:
         self._dispatcher = dispatcher
         self._max_context = max_context
         self._answers: dict[str, _Answer] = {}
+        self._patches: dict[str, PromptPatches] = {}
 
-    def expect(self, request: Request, matcher: Matcher | None = None) -> None:
-        """Makes ready for a request's tokens, before its first step. `matcher` knows those that it has already."""
+    def expect(self, request: Request, matcher: Matcher | None = None, patches: PromptPatches | None = None) -> None:
+        """Makes ready for a request's tokens, before its first step. `matcher` knows those that it has already.
+
+        `patches` are those of its images.
+        """
+        assert (patches is not None) == bool(request.images), "images come with their patches"
+        if patches is not None:
+            self._patches[request.request_id] = patches
         params = request.params
         stop_tokens = params.stop_token_ids + (() if params.ignore_eos else request.eos_token_ids)
         penalties = Penalties.of(params, request.prompt_token_ids, request.generated_token_ids)
@@ -68,6 +76,7 @@ class Stepper:
     def forget(self, request_id: str) -> None:
         """Drops what is kept of a request that is removed before it has finished."""
         self._answers.pop(request_id, None)
+        self._patches.pop(request_id, None)
 
     @torch.inference_mode()
     def step(self, scheduled: Seq[ScheduledSequence]) -> StepResult:
@@ -75,7 +84,7 @@ class Stepper:
 
         Raises GroupBroken when the experts cannot be reached: then nothing has changed, and it can be run again.
         """
-        batch = _batch(scheduled)
+        batch = self._batch(scheduled)
         hidden_TD = self._decoder(batch, self._kv, self._dispatcher)
         lost = self._dispatcher.take_lost(len(batch.token_ids_T))
         rows = list(zip(scheduled, batch.segments, strict=True))
@@ -92,6 +101,23 @@ class Stepper:
         last_rows = torch.tensor([segment.start + segment.length - 1 for _, segment in done], device=hidden_TD.device)
         logits_NV = self._decoder.logits(hidden_TD[last_rows])
         return StepResult(self._sample([item.sequence for item, _ in done], logits_NV), parked)
+
+    def _batch(self, scheduled: Seq[ScheduledSequence]) -> Batch:
+        token_ids: list[int] = []
+        segments: list[Segment] = []
+        image_rows: list[int] = []
+        embeddings_ND: list[Tensor] = []
+        for item in scheduled:
+            sequence, first = item.sequence, item.sequence.computed
+            stop = first + item.rows
+            if (patches := self._patches.get(sequence.request.request_id)) is not None:
+                positions, pieces = patches.between(first, stop)
+                image_rows += [len(token_ids) + position - first for position in positions]
+                embeddings_ND += pieces
+            segments.append(Segment(len(token_ids), item.rows, first, sequence.table.pages))
+            token_ids += sequence.tokens[first:stop]
+        images = InputRows(torch.tensor(image_rows), torch.cat(embeddings_ND)) if image_rows else None
+        return Batch.of(token_ids, segments, images)
 
     def _score_prompts(self, rows: Seq[tuple[ScheduledSequence, Segment]], hidden_TD: Tensor) -> None:
         for item, segment in rows:
@@ -219,13 +245,3 @@ def _score_tokens(sequences: Seq[Sequence], logits_NV: Tensor, tokens: Seq[int])
     index = torch.tensor([n for n, _ in wanting], device=logits_NV.device)
     scored = token_logprobs(logits_NV[index], [tokens[n] for n, _ in wanting], [wanted for _, wanted in wanting])
     return {n: (entry,) for (n, _), entry in zip(wanting, scored, strict=True)}
-
-
-def _batch(scheduled: Seq[ScheduledSequence]) -> Batch:
-    token_ids: list[int] = []
-    segments: list[Segment] = []
-    for item in scheduled:
-        sequence, first = item.sequence, item.sequence.computed
-        segments.append(Segment(len(token_ids), item.rows, first, sequence.table.pages))
-        token_ids += sequence.tokens[first : first + item.rows]
-    return Batch.of(token_ids, segments)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerFast
@@ -26,6 +27,7 @@ def _byte_of_symbol() -> dict[str, int]:
 
 
 _BYTE_OF_SYMBOL = _byte_of_symbol()
+_WORD_JOINER = "\u2060"  # cuts the name of a special token, so that it is none
 
 
 def _for_template(message: Mapping[str, object]) -> dict[str, object]:
@@ -111,23 +113,55 @@ class Tokenizer:
         "tool" with `tool_call_id` and `content`. `tools`: definitions in OpenAI's form (`Tool.definition()`).
         Raises RequestRejected (field "messages") when there is no chat template or the template refuses them.
         """
+        return self.encode(self._render(messages, tools, {}), add_special_tokens=False)
+
+    def encode_chat_between(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]],
+        gap: int,
+        reserved: Collection[int],
+    ) -> list[list[int]]:
+        """As encode_chat, cut where the chat template writes the special token `gap`: the place of an image.
+
+        A message's content may be a list of parts: `{"type": "text", "text": ...}` and, for an image,
+        `{"type": "image"}`. Where messages or tools spell a special token of `reserved`, `gap` among them, the model
+        sees the letters and not the token, so nobody's words are taken for an image's place.
+        """
+        names = [self.token_text(token_id) for token_id in reserved]
+        stand_ins = {name: name[:1] + _WORD_JOINER + name[1:] for name in names}
+        rendered = self._render(messages, tools, stand_ins)
+        within_names = "|".join(f"(?<={re.escape(n[:1])}){_WORD_JOINER}(?={re.escape(n[1:])})" for n in names)
+        return [
+            [token_id for part in re.split(within_names, piece) for token_id in self.encode(part, False)]
+            for piece in rendered.split(self.token_text(gap))
+        ]
+
+    def _render(
+        self,
+        messages: Sequence[Mapping[str, object]],
+        tools: Sequence[Mapping[str, object]],
+        stand_ins: Mapping[str, str],
+    ) -> str:
+        """What the chat template writes, given `stand_ins` for names that messages and tools spell."""
         if not self.has_chat_template:
             raise RequestRejected("messages: this model has no chat template; send a prompt instead", field="messages")
         try:
-            conversation: list[Any] = [_for_template(message) for message in messages]
+            found = [[_for_template(message) for message in messages], [dict(tool) for tool in tools]]
+            shown = json.dumps(found, ensure_ascii=False)
+            for name, stand_in in stand_ins.items():
+                shown = shown.replace(name, stand_in)
+            conversation, definitions = json.loads(shown)
             text = self._fast.apply_chat_template(
-                conversation,
-                tools=[dict(tool) for tool in tools] or None,
-                add_generation_prompt=True,
-                tokenize=False,
+                conversation, tools=definitions or None, add_generation_prompt=True, tokenize=False
             )
             assert isinstance(text, str)
             text.encode()  # arguments may hold half of a surrogate pair as an escape
         except RequestRejected:
             raise
-        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError) as error:
             raise RequestRejected(f"messages: the chat template refuses them: {error}", field="messages") from error
-        return self.encode(text, add_special_tokens=False)
+        return text
 
     def is_text(self, token_id: int) -> bool:
         """Whether the id is in the vocabulary and no special token."""

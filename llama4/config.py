@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
+
+from llama4.config_reader import ConfigReader, read_config
 
 LayerKind = Literal["full", "chunked"]
 RouterScores = Literal["sigmoid", "softmax"]
-_Value = TypeVar("_Value", int, float, bool)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +76,7 @@ class TextConfig:
     def from_dir(cls, path: str | Path, router_scores: RouterScores = "sigmoid") -> TextConfig:
         """Reads `path`/config.json. Raises ValueError, naming file and key, if it is missing, broken or not Llama 4."""
         file = Path(path) / "config.json"
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ValueError(f"{file} does not exist: {path} is not a checkpoint directory") from None
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{file} cannot be read: {error}") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{file} must hold a JSON object")
-        return cls.from_dict(values, router_scores, source=str(file))
+        return cls.from_dict(read_config(file), router_scores, source=str(file))
 
     @classmethod
     def from_dict(
@@ -97,8 +89,9 @@ class TextConfig:
         model_type = values.get("model_type", "llama4_text")
         if model_type not in ("llama4", "llama4_text"):
             raise ValueError(f"{source}: model_type is {model_type!r}, but only llama4 and llama4_text are served")
-        nested = values.get("text_config")
-        read = _Reader(nested, f"{source}: text_config") if isinstance(nested, Mapping) else _Reader(values, source)
+        read = ConfigReader(values, source)
+        if isinstance(values.get("text_config"), Mapping):
+            read = read.section("text_config")
         if router_scores not in get_args(RouterScores):
             raise ValueError(f"router_scores must be sigmoid or softmax, not {router_scores!r}")
 
@@ -161,11 +154,10 @@ class TextConfig:
         )
 
 
-def _rope(read: _Reader, context: int) -> tuple[float, RopeScaling | None]:
+def _rope(read: ConfigReader, context: int) -> tuple[float, RopeScaling | None]:
     """RoPE's base and scaling from `rope_parameters` (new spelling) or from `rope_theta` and `rope_scaling` (old)."""
     key = "rope_parameters" if isinstance(read.get("rope_parameters", None), Mapping) else "rope_scaling"
-    section = read.get(key, None)
-    rope = _Reader(section if isinstance(section, Mapping) else {}, f"{read.source}: {key}")
+    rope = read.section(key)
     theta = rope.number("rope_theta", read.number("rope_theta", 500000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -177,64 +169,3 @@ def _rope(read: _Reader, context: int) -> tuple[float, RopeScaling | None]:
         high_freq_factor=rope.number("high_freq_factor"),
         original_max_position_embeddings=rope.integer("original_max_position_embeddings", context),
     )
-
-
-class _Reader:
-    """Typed access to a JSON object; a null counts as a missing key. Every error names the source and the key."""
-
-    def __init__(self, values: Mapping[str, object], source: str) -> None:
-        self._values = values
-        self.source = source
-
-    def get(self, key: str, default: object) -> object:
-        value = self._values.get(key)
-        return default if value is None else value
-
-    def is_null(self, key: str) -> bool:
-        return key in self._values and self._values[key] is None
-
-    def check(self, key: str, ok: bool, rule: str) -> None:
-        if not ok:
-            raise ValueError(f"{self.source}: {key} must {rule}, not {self._values.get(key)!r}")
-
-    def _required(self, key: str, default: _Value | None) -> object:
-        value = self.get(key, default)
-        if value is None:
-            raise ValueError(f"{self.source}: {key} is missing")
-        return value
-
-    def integer(self, key: str, default: int | None = None) -> int:
-        """A positive whole number."""
-        value = self._required(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{self.source}: {key} must be a positive whole number, not {value!r}")
-        return value
-
-    def number(self, key: str, default: float | None = None) -> float:
-        """A number of 0 or more."""
-        value = self._required(key, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value >= 0:
-            raise ValueError(f"{self.source}: {key} must be a number of 0 or more, not {value!r}")
-        return float(value)
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._required(key, default)
-        if not isinstance(value, bool):
-            raise ValueError(f"{self.source}: {key} must be true or false, not {value!r}")
-        return value
-
-    def integers(self, key: str) -> list[int] | None:
-        value = self.get(key, None)
-        if value is None:
-            return None
-        if not isinstance(value, list | tuple) or not all(isinstance(item, int) for item in value):
-            raise ValueError(f"{self.source}: {key} must be a list of whole numbers, not {value!r}")
-        return list(value)
-
-    def strings(self, key: str) -> list[str] | None:
-        value = self.get(key, None)
-        if value is None:
-            return None
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            raise ValueError(f"{self.source}: {key} must be a list of strings, not {value!r}")
-        return list(value)

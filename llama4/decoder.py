@@ -80,10 +80,16 @@ class Decoder:
         `dispatcher` reaches the experts, for this step; without rows it is still called once per MoE layer, in order.
         """
         plan = plan_step(self.config, batch, kv.page_size, self._frequencies_F, self._embedding.dtype)
-        h_TD = F.embedding(batch.token_ids_T.to(self._embedding.device), self._embedding)
+        h_TD = self._embed(batch)
         for layer in self._layers:
             h_TD = layer(h_TD, plan, kv, dispatcher)
         return self._norm(h_TD)
+
+    def _embed(self, batch: Batch) -> Tensor:
+        h_TD = F.embedding(batch.token_ids_T.to(self._embedding.device), self._embedding)
+        if batch.images is not None:
+            h_TD.index_copy_(0, batch.images.rows_N.to(h_TD.device), batch.images.inputs_ND.to(h_TD))
+        return h_TD
 
     def logits(self, h_ND: Tensor) -> Tensor:
         """The next token's logits, float32 [N, V]."""

@@ -1,6 +1,6 @@
 """Keys and values in pages, and the batches of rows that read and write them.
 
-Shapes: T rows of a step, N page ids, Hkv key/value heads, Dh head width.
+Shapes: T rows of a step, N page ids or image rows, D model width, Hkv key/value heads, Dh head width.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llama4.config import LayerKind, TextConfig
+from llama4.memory import zeros
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +33,27 @@ class Segment:
 
 
 @dataclass(frozen=True, slots=True)
+class InputRows:
+    """Rows of a step that enter the first layer as vectors of their own, not as their token's embedding: image patches.
+
+    `rows_N`: which rows of the step, each at most once. `inputs_ND`: what they enter as, of any dtype, on any device.
+    """
+
+    rows_N: Tensor
+    inputs_ND: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """The rows of one step: any mixture of requests that prefill, wholly or in part, and that decode; or none."""
 
     token_ids_T: Tensor
     positions_T: Tensor
     segments: tuple[Segment, ...]
+    images: InputRows | None = None
 
     @classmethod
-    def of(cls, token_ids: Sequence[int], segments: Sequence[Segment]) -> Batch:
+    def of(cls, token_ids: Sequence[int], segments: Sequence[Segment], images: InputRows | None = None) -> Batch:
         """Derives the positions; the segments cover all rows in order."""
         positions: list[int] = []
         for segment in segments:
@@ -48,8 +61,24 @@ class Batch:
             positions.extend(range(segment.position, segment.position + segment.length))
         assert len(positions) == len(token_ids), "segments must cover all rows"
         return cls(
-            torch.tensor(token_ids, dtype=torch.int64), torch.tensor(positions, dtype=torch.int64), tuple(segments)
+            torch.tensor(token_ids, dtype=torch.int64),
+            torch.tensor(positions, dtype=torch.int64),
+            tuple(segments),
+            images,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """What a row that comes alone attends to: `keys` positions, from place `first` of the first page on.
+
+    `row`: which row of the step. `pages`: the ids of all pages that hold them.
+    """
+
+    row: int
+    pages: Sequence[int]
+    first: int
+    keys: int
 
 
 class KVPages:
@@ -71,15 +100,17 @@ class KVPages:
         self.page_size = page_size
         self._page_shape = (page_size, 2, config.num_key_value_heads, config.head_dim)
         # Zeros, not garbage: rows that were never written are gathered too, and a masked NaN is still a NaN.
-        self._pools = [
-            torch.zeros((pages[kind], *self._page_shape), dtype=dtype, device=device) for kind in config.layer_kinds
-        ]
+        self._pools = [zeros((pages[kind], *self._page_shape), dtype, device) for kind in config.layer_kinds]
         self._gathered = torch.empty((0, *self._page_shape), dtype=dtype, device=device)
 
     @property
     def nbytes(self) -> int:
         """The size of all pools."""
         return sum(pool.nbytes for pool in self._pools)
+
+    def pool(self, layer: int) -> Tensor:
+        """A layer's pages [pages of its kind, page_size, 2, Hkv, Dh]."""
+        return self._pools[layer]
 
     def write(self, layer: int, slots_T: Tensor, kv_T2HD: Tensor) -> None:
         """Stores rows of keys and values; slot = page id * page_size + place in the page."""

@@ -15,12 +15,15 @@ from torch import Tensor
 from llama4.config import TextConfig
 from llama4.decoder import Decoder
 from llama4.moe import Experts
+from llama4.vision import VisionEncoder
+from llama4.vision_config import VisionConfig
 
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 # Pages of a memory-mapped file count as resident until the file is closed, so it is reopened for every block (0.2 ms).
 BLOCK_BYTES = 2 << 20
 MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
+_BESIDE_TEXT = ("vision_model.", "multi_modal_projector.")
 _ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}
 
 Progress = Callable[[int, int], None]
@@ -60,13 +63,15 @@ class Checkpoint:
             self._tensors = _read_header(single)
         else:
             raise CheckpointError(f"{self.path} holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-        self._prefix = "language_model." if any(name.startswith("language_model.") for name in self._tensors) else ""
+        nested = any(name.startswith("language_model.") for name in self._tensors)
+        self._text_prefix = "language_model." if nested else ""
 
     def find(self, name: str, shape: Sequence[int]) -> StoredTensor:
         """The tensor of this name (without `language_model.`). Raises CheckpointError if absent or of another shape."""
-        stored = self._tensors.get(self._prefix + name)
+        stored_name = name if name.startswith(_BESIDE_TEXT) else self._text_prefix + name
+        stored = self._tensors.get(stored_name)
         if stored is None:
-            raise CheckpointError(f"{self.path} has no tensor {self._prefix + name}")
+            raise CheckpointError(f"{self.path} has no tensor {stored_name}")
         if stored.shape != tuple(shape):
             raise CheckpointError(
                 f"{stored.name} in {stored.file} has shape {list(stored.shape)}, but config.json asks for {list(shape)}"
@@ -77,16 +82,19 @@ class Checkpoint:
             )
         return stored
 
-    def validate(self, config: TextConfig) -> None:
-        """Checks from the headers that every tensor of the text model is there, in the right shape.
+    def validate(self, config: TextConfig, vision: VisionConfig | None = None) -> None:
+        """Checks from the headers that every tensor of the text model, and of the image encoder, is there and fits.
 
-        Raises CheckpointError for the first that is not.
+        Raises CheckpointError for the first that is not or does not.
         """
         for name, tensor in Decoder(config, torch.float32, "meta").tensors():
             self.find(name, tensor.shape)
         one_each = Experts(config, {layer: [0] for layer in config.moe_layers}, torch.float32, "meta")
         for name, _, part in one_each.tensors():
             self.find(name, (config.num_local_experts, *part.shape))
+        if vision is not None:
+            for name, tensor in VisionEncoder(vision, torch.float32, "meta").tensors():
+                self.find(name, tensor.shape)
 
 
 def load_decoder(
@@ -117,6 +125,20 @@ def load_experts(
     parts = [_Part(checkpoint.find(name, (count, *to.shape)), n, to) for name, n, to in experts.tensors()]
     _copy(parts, on_progress)
     return experts
+
+
+def load_vision(
+    checkpoint: Checkpoint,
+    config: VisionConfig,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    on_progress: Progress | None = None,
+) -> VisionEncoder:
+    """The image encoder with its weights. `on_progress` gets the checkpoint's bytes that are read, and their total."""
+    encoder = VisionEncoder(config, dtype, device)
+    parts = [_Part(checkpoint.find(name, tensor.shape), None, tensor) for name, tensor in encoder.tensors()]
+    _copy(parts, on_progress)
+    return encoder
 
 
 @dataclass(frozen=True, slots=True)

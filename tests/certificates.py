@@ -13,7 +13,7 @@ from cryptography.x509.oid import NameOID
 
 
 class Authority:
-    """Issues certificates for 127.0.0.1."""
+    """Issues certificates, for 127.0.0.1 and for the holder's name under .test."""
 
     def __init__(self, folder: Path, name: str) -> None:
         self._folder, self._name = folder, name
@@ -34,7 +34,8 @@ class Authority:
             return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
 
         now = datetime.datetime.now(datetime.UTC)
-        names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))])
+        address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+        names = x509.SubjectAlternativeName([address, x509.DNSName(f"{name}.test")])
         return (
             x509.CertificateBuilder()
             .subject_name(called(name))

@@ -135,7 +135,8 @@ def fake_app(asked: list[Any]) -> FastAPI:
         asked.append(body)
         if body["temperature"] < 0:
             return JSONResponse({"error": {"message": REFUSED, "param": "temperature"}}, status_code=400)
-        prompt = body["messages"][-1]["content"]
+        content = body["messages"][-1]["content"]
+        prompt = content if isinstance(content, str) else content[-1]["text"]
         answer = ANSWERS.get(prompt, "well")
         if not body["stream"]:
             return {"choices": [{"index": 0, "message": {"role": "assistant", "content": answer}}]}
@@ -162,7 +163,7 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
         self.asked.append(request)
         if request.sampling.temperature < 0:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, REFUSED)
-        prompt = request.messages[-1].content[0].text
+        prompt = request.messages[-1].content[-1].text
         yield inference_pb2.ChatStreamResponse(prompt=inference_pb2.PromptEvent(prompt_tokens=3))
         for letter in ANSWERS.get(prompt, "well"):
             yield inference_pb2.ChatStreamResponse(tokens=inference_pb2.TokensEvent(text=letter))
@@ -174,7 +175,7 @@ class FakeInference(inference_pb2_grpc.InferenceServiceServicer):
 
     def Chat(self, request: Any, context: Any) -> Any:
         self.asked.append(request)
-        text = ANSWERS.get(request.messages[-1].content[0].text, "well")
+        text = ANSWERS.get(request.messages[-1].content[-1].text, "well")
         return inference_pb2.ChatResponse(choices=[inference_pb2.Choice(text=text)])
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from actors.image_fetch import read_data_url
 from cli import chat, endpoint
 from cli.main import app
 from cli.report import CliError
@@ -72,6 +73,29 @@ def test_a_failure_amid_the_answer(cli: CliRunner, way: list[str]) -> None:
     assert result.stderr == "herder: an expert actor died\n"
 
 
+def test_images_go_before_the_question(cli: CliRunner, server: FakeServer, tmp_path: Path) -> None:
+    file, url = tmp_path / "dots.png", "https://example.org/a.png"
+    file.write_bytes(b"\x89PNG")
+    options = ["--image", str(file), "--image", url, "--system", "Be brief."]
+    assert cli.invoke(app, ["chat", "17+25=", "--url", server.url, *options]).stdout == "42\n"
+    assert cli.invoke(app, ["chat", "17+25=", "--grpc", "--url", server.address, *options]).stdout == "42\n"
+    by_http, by_grpc = server.asked
+    assert by_http["messages"][0]["content"] == "Be brief."
+    first, second, text = by_http["messages"][1]["content"]
+    assert read_data_url(first["image_url"]["url"]) == b"\x89PNG"
+    assert second == {"type": "image_url", "image_url": {"url": url}}
+    assert text == {"type": "text", "text": "17+25="}
+    first, second, text = by_grpc.messages[1].content
+    assert (first.image.data, second.image.url, text.text) == (b"\x89PNG", url, "17+25=")
+
+
+def test_an_image_that_cannot_be_read(cli: CliRunner, way: list[str], server: FakeServer, tmp_path: Path) -> None:
+    for where, reason in ((tmp_path / "none.png", "No such file or directory"), (tmp_path, "Is a directory")):
+        result = cli.invoke(app, ["chat", "Hi", "--image", str(where), *way])
+        assert (result.exit_code, result.stderr) == (2, f"herder: --image: {where} cannot be read ({reason})\n")
+    assert server.asked == []
+
+
 @pytest.mark.parametrize("flags", [[], ["--grpc"]])
 def test_nobody_answers(cli: CliRunner, flags: list[str]) -> None:
     where = f"127.0.0.1:{free_port()}"
@@ -89,9 +113,11 @@ def test_the_prompt_may_come_through_a_pipe(cli: CliRunner, server: FakeServer) 
 def test_a_conversation_remembers(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     said = iter(["one", "fail", "cut", "two", ""])
     asked: list[list[str]] = []
+    shown: list[list[int]] = []
 
     def ask(messages: Any) -> Iterator[str]:
         asked.append([message.text for message in messages])
+        shown.append([len(message.images) for message in messages])
         match messages[-1].text:
             case "fail":
                 raise CliError("no room")
@@ -101,8 +127,9 @@ def test_a_conversation_remembers(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         yield "yes"
 
     monkeypatch.setattr(builtins, "input", lambda _: next(said))
-    chat.converse(ask, [endpoint.Message("system", "s")])
+    chat.converse(ask, [endpoint.Message("system", "s")], (b"png", "http://a/b"))
     assert asked[-1] == ["s", "one", "yes", "two"]
+    assert shown[-1] == [0, 2, 0, 0]
     printed = capsys.readouterr()
     assert printed.out == "yes\nha\nyes\n"
     assert "herder: no room" in printed.err

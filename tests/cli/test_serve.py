@@ -225,3 +225,9 @@ def test_plain_lines_come_at_each_quarter() -> None:
         for done in range(101):
             progress("expert-0", done, 100)
     assert len(text.getvalue().splitlines()) == 5
+
+
+def test_a_dry_run_starts_nothing(cli: CliRunner, config_file: Path) -> None:
+    result = cli.invoke(app, ["serve", str(config_file), "--dry-run"])
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == cli.invoke(app, ["validate", str(config_file)]).stdout

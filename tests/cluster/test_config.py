@@ -161,6 +161,23 @@ def test_model_path_is_beside_the_file_or_under_the_working_directory(
         ("experts: {num_cpus: 0}", "experts.num_cpus must be above 0 when experts reserves no GPU and no resources"),
         ("experts: {resources: {GPU: 1}}", "experts.resources must not hold GPU: use experts.num_gpus"),
         ("experts: {resources: {fast: 0}}", "experts.resources.fast must be above 0, not 0"),
+        ("vision: {num_cpus: 0}", "vision.num_cpus must be above 0 when vision reserves no GPU and no resources"),
+        ("vision: {num_gpus: 2}", "vision.num_gpus must be at most 1, not 2"),
+        ("vision: {min_replicas: -1}", "vision.min_replicas must be at least 0, not -1"),
+        (
+            "vision: {min_replicas: 3, max_replicas: 2}",
+            "vision.max_replicas (2) must be at least vision.min_replicas (3)",
+        ),
+        ("vision: {replicas: 2}", "vision.replicas is not a known key; the nearest is vision.min_replicas"),
+        (
+            "vision: {url_hosts: [example.org]}",
+            "vision.url_hosts needs vision.allow_urls to be true: without it, no URL is fetched",
+        ),
+        (
+            "vision: {allow_urls: true, url_hosts: [a.org, '*.a.org', '[::1]:80', 'http://a.org']}",
+            "vision.url_hosts must hold hosts, such as example.org, *.example.org or store.example.org:9000, "
+            "not 'http://a.org'",
+        ),
         (
             "attention: {num_gpus: 1}",
             "attention.num_gpus and experts.num_gpus must be equal: tokens travel between devices of one kind",

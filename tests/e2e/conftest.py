@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,22 @@ import pytest
 from actors.deployment import Deployment, launch
 from cluster.config import load_config
 
-ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 TINY = ROOT / "checkpoints" / "tiny"
 CONFIG = ROOT / "configs" / "tiny_cpu.yaml"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several workers (pytest-xdist), one runs all of these in order, since they share the machine's Ray.
+
+    They come first, because they take longest.
+    """
+    ours = [item for item in items if item.path.is_relative_to(HERE)]
+    for item in ours:
+        item.add_marker(pytest.mark.xdist_group("e2e"))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not item.path.is_relative_to(HERE))
 
 
 def free_port() -> int:
@@ -23,11 +37,25 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+_kept: list[Deployment] = []  # the plain deployment, for the modules that want it one after the other
+
+
+def start(*settings: str, address: str | None = None) -> Deployment:
+    """The tiny deployment under these settings."""
+    end_kept()
+    ports = (f"gateway.http_port={free_port()}", f"gateway.grpc_port={free_port()}")
+    return launch(load_config(CONFIG, [*ports, *settings]), address=address)
+
+
+def end_kept() -> None:
+    while _kept:
+        _kept.pop().stop()
+
+
 @contextmanager
 def running(*settings: str, address: str | None = None) -> Iterator[Deployment]:
     """The tiny deployment under these settings, stopped at the end."""
-    ports = (f"gateway.http_port={free_port()}", f"gateway.grpc_port={free_port()}")
-    deployment = launch(load_config(CONFIG, [*ports, *settings]), address=address)
+    deployment = start(*settings, address=address)
     try:
         yield deployment
     finally:
@@ -35,7 +63,14 @@ def running(*settings: str, address: str | None = None) -> Iterator[Deployment]:
 
 
 @pytest.fixture(scope="module")
-def tiny() -> Iterator[Deployment]:
-    """Two attention and two expert actors over the bundled checkpoint."""
-    with running() as deployment:
-        yield deployment
+def tiny() -> Deployment:
+    """Two attention and two expert actors over the bundled checkpoint, until a test wants another deployment."""
+    if not _kept:
+        _kept.append(start())
+    return _kept[0]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    yield
+    end_kept()

@@ -28,6 +28,9 @@ class Control:
     def actors(self) -> dict[str, control_pb2.ActorInfo]:
         return {actor.name: actor for actor in self.info().actors}
 
+    def engines(self) -> list[control_pb2.EngineLoad]:
+        return list(self.stub.GetLoad(control_pb2.GetLoadRequest(), timeout=60).engines)
+
     def hurt(self, name: str, how: signal.Signals = signal.SIGKILL) -> float:
         """Signals an actor's process; returns when."""
         os.kill(self.actors()[name].pid, how)

@@ -1,17 +1,24 @@
-"""Harm done to a live deployment while streams run: every answer comes, and every token is the undisturbed run's."""
+"""Harm done to a live deployment while streams run: every answer comes, and every token is the undisturbed run's.
+
+Only what clients are connected to cannot die unnoticed: then they ask again, and nothing is left of what they had.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import os
 import signal
 import time
 from collections.abc import Iterator
 
 import psutil
 import pytest
+from ray.util.state import list_actors
 
 from actors.deployment import Deployment
 from tests.e2e.conftest import running
 from tests.e2e.harm import Control, disturbed, harm_to, undisturbed
+from tests.e2e.streams import Stream, run_streams
 
 pytestmark = pytest.mark.cluster
 
@@ -83,3 +90,28 @@ def test_two_in_a_row(deployment, control, expected):
 
     disturbed(deployment.grpc_address, harm, expected)
     control.until_whole(pids)
+
+
+@pytest.mark.parametrize("kind", ["ServeReplica:herder:gateway", "ProxyActor"])
+def test_what_clients_are_connected_to_is_killed(deployment, control, expected, kind):
+    (pid,) = [actor.pid for actor in list_actors() if actor.class_name == kind and actor.state == "ALIVE"]
+    before = {name: actor.pid for name, actor in control.actors().items()}
+    streams: dict[int, Stream] = {}
+
+    async def cut_off() -> None:
+        asking = asyncio.create_task(run_streams(deployment.grpc_address, STREAMS[:20], 900, streams))
+        while sum(len(stream.tokens) for stream in streams.values()) < 400:
+            await asyncio.sleep(0.02)
+        os.kill(pid, signal.SIGKILL)
+        await asyncio.wait_for(asking, 60)
+
+    asyncio.run(cut_off())
+    assert all(stream.error for stream in streams.values())  # and none hangs
+    control.until_whole()
+    assert {name: actor.pid for name, actor in control.actors().items()} == before
+    # Engines end what nobody hears any more.
+    deadline = time.monotonic() + 30
+    while sum(engine.running + engine.waiting for engine in control.engines()):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert undisturbed(deployment.grpc_address, STREAMS, TOKENS) == expected

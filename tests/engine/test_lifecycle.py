@@ -60,7 +60,7 @@ class PaperStepper:
         self.expected: set[str] = set()
         self.lost: set[str] = set()  # requests whose experts are out of reach
 
-    def expect(self, request: Request, matcher: object) -> None:
+    def expect(self, request: Request, matcher: object, patches: object) -> None:
         self.expected.add(request.request_id)
 
     def forget(self, request_id: str) -> None:

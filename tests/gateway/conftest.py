@@ -16,11 +16,13 @@ from actors.api_keys import NO_KEYS, ApiKeys
 from actors.gateway_core import GatewayCore
 from actors.grpc_api import ControlServicer, InferenceServicer
 from actors.http_api import build_http_app
+from actors.image_fetch import ImageFetcher
+from actors.image_prompt import ImagePrompts
 from actors.model_info import ModelInfo
 from engine.tokenizer import Tokenizer
 from herder.v1.control_pb2_grpc import ControlServiceStub, add_ControlServiceServicer_to_server
 from herder.v1.inference_pb2_grpc import InferenceServiceStub, add_InferenceServiceServicer_to_server
-from tests.gateway.fakes import MAX_CONTEXT, MODEL, VOCAB_SIZE, FakeEngine, save_tokenizer
+from tests.gateway.fakes import MAX_CONTEXT, MODEL, VISION, VOCAB_SIZE, FakeEngine, image_spec, save_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +48,16 @@ def engine(tokenizer: Tokenizer) -> FakeEngine:
 
 @pytest.fixture
 def core(engine: FakeEngine, tokenizer: Tokenizer, checkpoint: Path) -> GatewayCore:
-    return GatewayCore(engine, tokenizer, ModelInfo.from_dir(checkpoint, MODEL, MAX_CONTEXT), "1.2.3")
+    """Of a model that takes images."""
+    model = ModelInfo.from_dir(checkpoint, MODEL, MAX_CONTEXT)
+    images = ImagePrompts(image_spec(tokenizer), VISION, ImageFetcher(VISION))
+    return GatewayCore(engine, tokenizer, model, "1.2.3", images)
+
+
+@pytest.fixture
+def blind_core(engine: FakeEngine, tokenizer: Tokenizer, checkpoint: Path) -> GatewayCore:
+    """Without images."""
+    return GatewayCore(engine, tokenizer, ModelInfo.from_dir(checkpoint, MODEL, MAX_CONTEXT))
 
 
 @pytest.fixture

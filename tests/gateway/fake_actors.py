@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from types import SimpleNamespace
 
-from ray.exceptions import RayActorError
+from ray.exceptions import ObjectLostError, RayActorError
 
 from actors.status import EngineHandle
 from engine.request import ErrorCode, FinishReason, Request, RequestError, RequestOutput, RequestRejected
@@ -22,7 +22,8 @@ def remote(function: Callable[..., Awaitable[object]]) -> SimpleNamespace:
 class FakeEngine:
     """An attention actor, as far as the client uses it; `calls` tells what came when.
 
-    `admit`: submissions wait for it, as for a grammar that is compiled. `requests` are those that it has taken, by id.
+    `admit`: submissions wait for it, as for a grammar that is compiled. `requests` are those that it has taken, by id,
+    and `embeddings` those of their images; a submission with `lost` ones fails, as Ray cannot fetch them.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,8 @@ class FakeEngine:
         self.admit.set()
         self.rejection: RequestRejected | None = None
         self.requests: dict[str, Request] = {}
+        self.embeddings: dict[str, tuple[object, ...]] = {}
+        self.lost: set[object] = set()
         self.kept_alive: list[str] = []
         self.gateways: set[str] = set()
         self._queue: asyncio.Queue[list[RequestOutput] | None] = asyncio.Queue()
@@ -40,13 +43,16 @@ class FakeEngine:
         self.keep_alive = remote(self._keep_alive)
         self.outputs = SimpleNamespace(remote=self._outputs)
 
-    async def _submit(self, request: Request, gateway_id: str) -> RequestRejected | None:
+    async def _submit(self, request: Request, gateway_id: str, *embeddings: object) -> RequestRejected | None:
         await self.admit.wait()
         self._check()
+        if self.lost.intersection(embeddings):
+            raise ObjectLostError("0" * 56, None, "")
         self.calls.append(f"submit {request.request_id}")
         if self.rejection is None:
             assert gateway_id in self.gateways, "nobody would take its outputs"
             self.requests[request.request_id] = request
+            self.embeddings[request.request_id] = embeddings
         return self.rejection
 
     async def _abort(self, request_ids: Sequence[str]) -> int:

@@ -14,6 +14,8 @@ from tokenizers import Tokenizer as Backend
 from transformers import PreTrainedTokenizerFast
 
 from actors.status import ActorStatus, ClusterStatus
+from cluster.config import VisionConfig
+from engine.image_spec import ImageSpec
 from engine.request import (
     EngineLoad,
     ErrorCode,
@@ -24,17 +26,37 @@ from engine.request import (
     RequestRejected,
     TokenLogprob,
 )
+from engine.tokenizer import Tokenizer
 
 VOCAB_SIZE = 300
 MAX_CONTEXT = 64
 MODEL = "tiny"
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|header_start|>", "<|header_end|>", "<|eot|>")
+IMAGE_TOKENS = (
+    "<|image_start|>",
+    "<|image_end|>",
+    "<|image|>",
+    "<|patch|>",
+    "<|tile_x_separator|>",
+    "<|tile_y_separator|>",
+)
 CHAT_TEMPLATE = (
     "<|begin_of_text|>{% for t in tools or [] %}{{ t.function.name }}{% endfor %}"
-    "{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>{{ m.content }}"
+    "{% for m in messages %}<|header_start|>{{ m.role }}<|header_end|>"
+    "{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for p in m.content %}{{ p.text if p.type == 'text' else '<|image|>' }}{% endfor %}{% endif %}"
     "{% for c in m.tool_calls or [] %}{{ c.function.name }}{% endfor %}<|eot|>{% endfor %}"
     "{% if add_generation_prompt %}<|header_start|>assistant<|header_end|>{% endif %}"
 )
+
+
+VISION = VisionConfig(max_images=4, max_image_bytes=2000, max_image_pixels=5000)
+
+
+def image_spec(tokenizer: Tokenizer) -> ImageSpec:
+    """Tiles of 8 by 8 pixels, up to four of them and the whole, each of two tokens."""
+    ids = [token_id for name in IMAGE_TOKENS for token_id in tokenizer.encode(name, add_special_tokens=False)]
+    return ImageSpec(8, 4, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 2, *ids)
 
 
 def save_tokenizer(path: Path) -> None:
@@ -46,7 +68,9 @@ def save_tokenizer(path: Path) -> None:
     backend = Backend(models.BPE(vocab=vocab, merges=merges))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
+    backend.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS + IMAGE_TOKENS]
+    )
     bos = SPECIAL_TOKENS[0]
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A", special_tokens=[(bos, backend.token_to_id(bos))]
@@ -78,6 +102,7 @@ class FakeEngine:
         self.changes: list[tuple[object, ...]] = []
         self.change_failure: Exception | None = None
         self.requests: list[Request] = []
+        self.images: list[tuple[bytes, ...]] = []
         self.closed_early: list[str] = []
         self.running: dict[str, asyncio.Event] = {}
         self.cluster = ClusterStatus(
@@ -107,8 +132,9 @@ class FakeEngine:
             failovers=15,
         )
 
-    async def generate(self, request: Request) -> AsyncGenerator[RequestOutput, None]:
+    async def generate(self, request: Request, images: Sequence[bytes] = ()) -> AsyncGenerator[RequestOutput, None]:
         self.requests.append(request)
+        self.images.append(tuple(images))
         if self.rejection is not None:
             raise self.rejection
         if self.draining:

@@ -161,9 +161,17 @@ HTTP_COMPLETIONS = [
     ({"stream_options": {}}, "stream_options", "stream_options is only allowed when stream is true"),
     ({"stop_token_ids": ["a"]}, "stop_token_ids", "stop_token_ids[0]: input should be a valid integer"),
 ]
-IMAGE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]
 HTTP_CHAT = [
-    ({"messages": IMAGE}, "messages", "messages: content of type 'image_url' is not supported here"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]},
+        "messages",
+        "messages: content of type 'input_audio' is not supported here",
+    ),
+    (
+        {"messages": [{"role": "user", "content": 1}]},
+        "messages",
+        "messages: content must be a string or a list of parts",
+    ),
     ({"messages": [{"role": "user"}]}, "messages", "messages[0].content: field required"),
     ({"messages": "Hi"}, "messages", "messages: input should be a valid list"),
     ({"top_logprobs": 3}, "top_logprobs", "top_logprobs needs logprobs to be true"),
@@ -264,7 +272,7 @@ async def test_fields_that_ask_for_nothing_are_taken(asgi: httpx.AsyncClient) ->
 async def test_grpc_only(inference: InferenceServiceStub) -> None:
     await check_grpc(inference.Generate(pb.GenerateRequest()), "prompt", "prompt must be text or token_ids")
     empty_part = pb.ChatMessage(role="user", content=[pb.ContentPart()])
-    sentence = "messages: a content part must have a text"
+    sentence = "messages: a content part must have a text or an image"
     await check_grpc(inference.Chat(pb.ChatRequest(messages=[empty_part])), "messages", sentence)
     await check_grpc(inference.Tokenize(pb.TokenizeRequest()), "input", "input must be text or chat")
     for grammar, sentence in (

@@ -20,7 +20,8 @@ from actors.http_schema import CompletionBody
 from engine.tokenizer import Tokenizer
 from herder.v1 import control_pb2, inference_pb2
 from herder.v1.inference_pb2_grpc import InferenceServiceStub
-from tests.gateway.fakes import FakeEngine
+from tests.gateway.fakes import IMAGE_TOKENS, FakeEngine
+from tests.gateway.pictures import data_url, picture
 from tests.gateway.test_tool_calls import TOOLS
 
 SCHEMAS: list[object] = [
@@ -47,11 +48,21 @@ PATHS = {
 }
 # Values that are nearly right, by field: bodies of these get far.
 CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a": 1}'}}
+IMAGE_URLS = TEXT | st.sampled_from(
+    [data_url(picture()), data_url(picture(16, 8)), data_url(picture()[:60]), "data:image/png;base64,", "http://a/b"]
+)
+PARTS = (
+    st.just({"type": "text", "text": "Hi"})
+    | st.sampled_from([*IMAGE_TOKENS, "<|image"]).map(lambda text: {"type": "text", "text": text})
+    | st.fixed_dictionaries(
+        {"type": st.just("image_url"), "image_url": st.fixed_dictionaries({"url": IMAGE_URLS}) | JSON}
+    )
+)
 MESSAGES = st.lists(
     st.fixed_dictionaries(
         {"role": st.sampled_from(["user", "assistant", "tool", "system", "king"])},
         optional={
-            "content": st.none() | TEXT | st.just([{"type": "text", "text": "Hi"}]) | JSON,
+            "content": st.none() | TEXT | st.lists(PARTS, max_size=3) | JSON,
             "tool_calls": st.just([CALL]) | JSON,
             "tool_call_id": TEXT,
         },
@@ -154,6 +165,8 @@ def scalar(field: pd.FieldDescriptor) -> st.SearchStrategy[object]:
         return st.integers(max(low, -1), min(high, 9)) | st.integers(low, high)
     if field.cpp_type == pd.FieldDescriptor.CPPTYPE_BOOL:
         return st.booleans()
+    if field.type == pd.FieldDescriptor.TYPE_BYTES:
+        return st.binary(max_size=9) | st.sampled_from([picture(), picture(16, 8), picture()[:60]])
     if field.cpp_type == pd.FieldDescriptor.CPPTYPE_STRING:
         return GRPC_TEXT
     return st.floats() | st.floats(0, 1)
@@ -223,7 +236,9 @@ async def test_the_fuzz_reaches_the_engine(
     inference: InferenceServiceStub, asgi: httpx.AsyncClient, engine: FakeEngine
 ) -> None:
     """What the strategies build on is valid, so the above is not about refusals alone."""
+    shown = [{"type": "image_url", "image_url": {"url": data_url(picture())}}]
     await send(asgi, "/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "tools": TOOLS})
+    await send(asgi, "/v1/chat/completions", {"messages": [{"role": "user", "content": shown}]})
     for schema in SCHEMAS:
         await send(asgi, "/v1/completions", {"prompt": "Hi", "response_format": schema})
-    assert len(engine.requests) == 1 + len(SCHEMAS)
+    assert len(engine.requests) == 2 + len(SCHEMAS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
 import pytest
@@ -17,15 +16,13 @@ from engine.request import (
     SHUTTING_DOWN,
     ErrorCode,
     FinishReason,
-    Request,
     RequestError,
     RequestOutput,
     RequestRejected,
-    SamplingParams,
 )
+from tests.gateway.client_streams import PARAMS, Stream, begin, connect, last, request, until
 from tests.gateway.fake_actors import DRAINING, FULL, FakeController, FakeEngine
 
-PARAMS = SamplingParams(max_tokens=9)
 STOPPED = RequestError(ErrorCode.UNAVAILABLE, "the engine stopped: a member is gone", retryable=True)
 
 
@@ -46,13 +43,6 @@ async def b() -> FakeEngine:
     return FakeEngine()
 
 
-async def connect(controller: FakeController, failover_timeout_s: float = 5.0) -> RayEngineClient:
-    client = RayEngineClient(lambda: controller, iter(range(100, 200)).__next__, failover_timeout_s)
-    await client.start()
-    await asyncio.sleep(0)  # its streams begin
-    return client
-
-
 @pytest.fixture
 async def client(a: FakeEngine) -> RayEngineClient:
     return await connect(FakeController(a=a))
@@ -62,50 +52,6 @@ async def client(a: FakeEngine) -> RayEngineClient:
 async def pair(a: FakeEngine, b: FakeEngine) -> RayEngineClient:
     """A client of two engines; the first request goes to `a`."""
     return await connect(FakeController(a=a, b=b))
-
-
-def request(name: str, **fields: object) -> Request:
-    return Request(name, (1,), PARAMS, **fields)
-
-
-class Stream:
-    """A request's outputs, as its client gets them."""
-
-    def __init__(self, client: RayEngineClient, one: Request) -> None:
-        self.tokens: list[int] = []
-        self.last: RequestOutput | None = None
-        self.task = asyncio.create_task(self._run(client.generate(one)))
-
-    async def _run(self, outputs: AsyncIterator[RequestOutput]) -> None:
-        async for output in outputs:
-            self.tokens += output.token_ids
-            self.last = output
-
-    async def end(self) -> RequestOutput:
-        await asyncio.wait_for(self.task, 10)
-        assert self.last is not None
-        return self.last
-
-
-async def until(happens: Callable[[], object]) -> None:
-    end = time.monotonic() + 5
-    while not happens():
-        assert time.monotonic() < end, "it does not happen"
-        await asyncio.sleep(0.001)
-
-
-async def begin(client: RayEngineClient, engine: FakeEngine, one: Request, *tokens: int) -> Stream:
-    """A stream at this engine that has brought these tokens."""
-    stream = Stream(client, one)
-    await until(lambda: one.request_id in engine.requests)
-    for token in tokens:
-        engine.send(RequestOutput(one.request_id, (token,)))
-    await until(lambda: stream.tokens == list(tokens))
-    return stream
-
-
-def last(name: str, token: int) -> RequestOutput:
-    return RequestOutput(name, (token,), finish_reason=FinishReason.LENGTH)
 
 
 # ---- while nothing happens

@@ -1,0 +1,184 @@
+"""The image encoder as a Ray Serve deployment of its own, which scales by its own load.
+
+A replica decodes images, cuts them into tiles, encodes the tiles of several images together and puts the embeddings
+into Ray's object store. Its answers say where they are: the data goes from there to the attention actors.
+
+Shapes: N tiles of an image, C colours, H and W a tile's sides, M tokens of a tile, P patch tokens of an image, D the
+text model's width.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import os
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import ray
+import torch
+from ray import serve
+from ray.exceptions import GetTimeoutError
+from ray.serve.config import RequestRouterConfig
+from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
+from ray.util.metrics import Counter, Gauge, Histogram
+from ray.util.placement_group import placement_group, remove_placement_group
+from torch import Tensor
+
+from actors.embeddings import to_array
+from actors.encoded_images import EncodedImage, EncodedImages
+from actors.tile_batcher import TileBatcher, Tiles
+from cluster.config import DeploymentConfig
+from cluster.config import VisionConfig as ServedVision
+from cluster.launch import PlacementError
+from engine.image_spec import ImageSpec
+from engine.images import ImageError, ImageLimits, read_image
+from engine.request import RequestRejected
+from engine.tiles import to_tiles
+from llama4.precision import choose_dtype
+from llama4.vision_config import VisionConfig
+from llama4.weights import Checkpoint, load_vision
+
+log = logging.getLogger("herder")
+
+NAME = "vision"  # the deployment's, in Serve
+_DECODERS = 2  # threads that decode and tile: the next images, while the encoder has those before them
+_METRICS_EVERY_S = 1.0  # how often Serve's autoscaler hears of the load
+_LONGEST_LOOK_BACK_S = 30.0
+_HEALTH_EVERY_S = 2.0  # so long Serve takes to notice that a replica has died
+_SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
+
+
+class Vision:
+    """One replica."""
+
+    def __init__(self, config: DeploymentConfig) -> None:
+        """Loads the encoder. Raises CheckpointError."""
+        logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        path, vision = config.model.path, config.vision
+        spec, encoder_config = ImageSpec.from_dir(path), VisionConfig.from_dir(path)
+        assert spec is not None and encoder_config is not None, "deployed for checkpoints that take images only"
+        self._spec = spec
+        self._limits = ImageLimits(vision.max_image_bytes, vision.max_image_pixels)
+        self._device = torch.device(vision.device)
+        dtype = choose_dtype(self._device, config.model.dtype)
+        self._encoder = load_vision(Checkpoint(path), encoder_config, dtype, self._device)
+        self._decoding = ThreadPoolExecutor(_DECODERS, "decode", _begin_thread, (1,))
+        encoding = ThreadPoolExecutor(1, "encode", _begin_thread, (vision.compute_threads,))
+        self._batcher = TileBatcher(self._encode_tiles, vision.max_batch_tiles, encoding)
+        self._cache = EncodedImages(vision.cache_bytes)
+        self._under_way: dict[bytes, asyncio.Task[EncodedImage]] = {}
+        self._images = Counter("herder_vision_images", "Images encoded.")
+        self._hits = Counter("herder_vision_cached_images", "Images asked for that had been encoded already.")
+        self._tiles = Counter("herder_vision_tiles", "Tiles encoded.")
+        self._queue = Gauge("herder_vision_images_running", "Images that are encoded or wait for it.")
+        self._seconds = Histogram("herder_vision_encode_seconds", "Of a batch of tiles in the encoder.", _SECONDS)
+        log.info("vision up device=%s dtype=%s tile=%d", self._device, dtype, spec.tile_size)
+
+    async def encode(self, digest: bytes, data: bytes) -> EncodedImage | RequestRejected:
+        """Where the embeddings of an encoded file with that digest are; or why it cannot be read."""
+        if (known := self._cache.get(digest)) is not None:
+            self._hits.inc()
+            return known
+        if (task := self._under_way.get(digest)) is None:
+            task = self._under_way[digest] = asyncio.create_task(self._encode(digest, data))
+            task.add_done_callback(lambda _: self._end(digest))
+            self._queue.set(len(self._under_way))
+        else:
+            self._hits.inc()
+        try:
+            return await asyncio.shield(task)  # a client that goes away takes nothing from others that ask for the same
+        except ImageError as error:
+            return RequestRejected(str(error), field="messages")
+
+    async def _encode(self, digest: bytes, data: bytes) -> EncodedImage:
+        loop = asyncio.get_running_loop()
+        tiles_NCHW = await loop.run_in_executor(self._decoding, self._read, data)
+        embeddings_NMD = await self._batcher.encode(tiles_NCHW)
+        image = await loop.run_in_executor(self._decoding, _store, embeddings_NMD.flatten(0, 1))
+        self._cache.put(digest, image)
+        self._images.inc()
+        self._tiles.inc(len(tiles_NCHW))
+        return image
+
+    def _end(self, digest: bytes) -> None:
+        del self._under_way[digest]
+        self._queue.set(len(self._under_way))
+
+    def _read(self, data: bytes) -> Tiles:
+        return to_tiles(read_image(data, self._limits), self._spec)
+
+    @torch.inference_mode()
+    def _encode_tiles(self, tiles_NCHW: Tiles) -> Tensor:
+        started = time.monotonic()
+        embeddings_NMD: Tensor = self._encoder(torch.from_numpy(tiles_NCHW).to(self._device)).cpu()
+        self._seconds.observe(time.monotonic() - started)
+        return embeddings_NMD
+
+
+def _begin_thread(threads: int) -> None:
+    """A stream waits for attention and experts at every token, for its images once: beside them, this gives way."""
+    if sys.platform == "linux":  # threads that a thread begins, as torch does, inherit this
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    torch.set_num_threads(threads)
+
+
+def _store(embeddings_PD: Tensor) -> EncodedImage:
+    array_PD = to_array(embeddings_PD)
+    return EncodedImage(ray.put(array_PD), array_PD.nbytes)
+
+
+def check_room(config: DeploymentConfig) -> None:
+    """Raises PlacementError when Ray has no room for the replicas that are to start at once: Serve waits for ever."""
+    if ImageSpec.from_dir(config.model.path) is None or not config.vision.min_replicas:
+        return
+    wanted = _resources(config.vision)
+    group = placement_group([wanted] * config.vision.min_replicas)
+    try:
+        ray.get(group.ready(), timeout=config.placement_timeout_s)
+    except GetTimeoutError:
+        raise PlacementError(
+            f"vision.min_replicas: no room for {config.vision.min_replicas} replicas of {wanted} each within "
+            f"placement_timeout_s ({config.placement_timeout_s:g})"
+        ) from None
+    finally:
+        remove_placement_group(group)
+
+
+def _resources(vision: ServedVision) -> dict[str, float]:
+    """What one replica reserves in Ray."""
+    wanted = {"CPU": vision.num_cpus, "GPU": vision.num_gpus, **vision.resources}
+    return {name: amount for name, amount in wanted.items() if amount > 0}
+
+
+def build_vision(config: DeploymentConfig) -> serve.Application | None:
+    """The deployment, to be bound into the gateway's application; None if the checkpoint takes no images."""
+    if ImageSpec.from_dir(config.model.path) is None:
+        return None
+    vision = config.vision
+    options: dict[str, object] = {"num_cpus": vision.num_cpus, "num_gpus": vision.num_gpus}
+    if vision.resources:
+        options["resources"] = vision.resources
+    deployment = serve.deployment(
+        name=NAME,
+        ray_actor_options=options,
+        # Images that wait in a replica are what its batches are made of; what is beyond waits where Serve can send it
+        # to the replicas that are still to come.
+        max_ongoing_requests=max(vision.max_batch_tiles, math.ceil(vision.target_ongoing_requests)),
+        autoscaling_config={
+            "min_replicas": vision.min_replicas,
+            "max_replicas": vision.max_replicas,
+            "target_ongoing_requests": vision.target_ongoing_requests,
+            "upscale_delay_s": vision.upscale_delay_s,
+            "downscale_delay_s": vision.downscale_delay_s,
+            "metrics_interval_s": _METRICS_EVERY_S,
+            # A mean over more than the delay would see a burst only when it is over.
+            "look_back_period_s": min(_LONGEST_LOOK_BACK_S, max(2 * _METRICS_EVERY_S, vision.upscale_delay_s)),
+        },
+        # By its digest an image comes to the replica that has it already, whichever gateway asks.
+        request_router_config=RequestRouterConfig(request_router_class=ConsistentHashRouter),
+        health_check_period_s=_HEALTH_EVERY_S,
+    )
+    return deployment(Vision).bind(config)
