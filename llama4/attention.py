@@ -1,7 +1,6 @@
 """Grouped-query attention of one layer over KV pages.
 
-Shapes: T rows, B rows of a decode group, D model width, H query heads, K key/value heads, G = H / K query heads per
-key/value head, E head width, L keys, R = H + K rotated heads.
+Shapes: T rows, D model width, H query heads, K key/value heads, E head width, L keys, R = H + K rotated heads.
 """
 
 from __future__ import annotations
@@ -15,8 +14,9 @@ from torch import Tensor
 from llama4.config import TextConfig
 from llama4.kv_pages import KVPages
 from llama4.linear import linear
+from llama4.memory import zeros
 from llama4.norm import inverse_rms
-from llama4.plan import DecodeGroup, KindPlan, PrefillRun, StepPlan
+from llama4.plan import KindPlan, PrefillRun, StepPlan
 from llama4.rope import rotate_
 
 
@@ -31,7 +31,7 @@ class Attention:
         if config.use_qk_norm and self._use_rope:
             self._norm_eps = torch.tensor(config.rms_norm_eps, dtype=torch.float32, device=device)
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
-        self._groups, self._head_dim = config.kv_groups, config.head_dim
+        self._head_dim = config.head_dim
         query_rows, kv_rows = self._heads * self._head_dim, self._kv_heads * self._head_dim
         rows = query_rows + 2 * kv_rows
         self._parts = {
@@ -39,8 +39,8 @@ class Attention:
             "k_proj": slice(query_rows, query_rows + kv_rows),
             "v_proj": slice(query_rows + kv_rows, rows),
         }
-        self.qkv_weight = torch.empty((rows, config.hidden_size), dtype=dtype, device=device)
-        self.out_weight = torch.empty((config.hidden_size, query_rows), dtype=dtype, device=device)
+        self.qkv_weight = zeros((rows, config.hidden_size), dtype, device)
+        self.out_weight = zeros((config.hidden_size, query_rows), dtype, device)
         self.qkv_bias: Tensor | None = None
         self.out_bias: Tensor | None = None
         if config.attention_bias:
@@ -82,24 +82,11 @@ class Attention:
 
     def _attend(self, q_THE: Tensor, kv_T2KE: Tensor, steps: KindPlan, plan: StepPlan, kv: KVPages) -> Tensor:
         """The weighted values of every row [T, H, E]."""
-        if len(steps.decode) == 1 and steps.decode[0].rows_B is None:
-            return self._decode(q_THE, steps.decode[0], kv)
         out_THE = torch.empty_like(q_THE, memory_format=torch.contiguous_format)
-        for group in steps.decode:
-            assert group.rows_B is not None, "only a step's only group has all rows"
-            out_THE[group.rows_B] = self._decode(q_THE[group.rows_B], group, kv)
+        steps.decode.attend(self._layer, q_THE, kv, out_THE)
         for run in steps.prefill:
             self._prefill(q_THE, kv_T2KE, run, plan, kv, out_THE)
         return out_THE
-
-    def _decode(self, q_BHE: Tensor, group: DecodeGroup, kv: KVPages) -> Tensor:
-        """One query per sequence; the G query heads of a key/value head pose as G queries, so keys are read once."""
-        q_BKGE = q_BHE.view(group.rows, self._kv_heads, self._groups, self._head_dim)
-        kv_BP2KE = kv.gather(self._layer, group.pages_N)
-        kv_BL2KE = kv_BP2KE.view(group.rows, -1, *kv_BP2KE.shape[1:])[:, group.keys]
-        k_BKLE, v_BKLE = kv_BL2KE.permute(2, 0, 3, 1, 4)
-        out_BKGE = F.scaled_dot_product_attention(q_BKGE, k_BKLE, v_BKLE, attn_mask=group.mask_B11L)
-        return out_BKGE.flatten(1, 2)
 
     def _prefill(
         self, q_THE: Tensor, kv_T2KE: Tensor, run: PrefillRun, plan: StepPlan, kv: KVPages, out_THE: Tensor

@@ -60,11 +60,6 @@ class TextConfig:
     tie_word_embeddings: bool
     router_scores: RouterScores = "sigmoid"
 
-    @property
-    def kv_groups(self) -> int:
-        """How many query heads share one key/value head."""
-        return self.num_attention_heads // self.num_key_value_heads
-
     def window_start(self, kind: LayerKind, position: int) -> int:
         """The first position that the token at `position` attends to in layers of this kind."""
         if kind == "full":

@@ -15,6 +15,7 @@ from llama4.attention import Attention
 from llama4.config import TextConfig
 from llama4.kv_pages import Batch, KVPages
 from llama4.linear import linear
+from llama4.memory import zeros
 from llama4.moe import MLP, Dispatcher, MoE
 from llama4.norm import RMSNorm
 from llama4.plan import StepPlan, plan_step
@@ -54,10 +55,10 @@ class Decoder:
 
     def __init__(self, config: TextConfig, dtype: torch.dtype, device: torch.device | str) -> None:
         self.config = config
-        self._embedding = torch.empty((config.vocab_size, config.hidden_size), dtype=dtype, device=device)
+        self._embedding = zeros((config.vocab_size, config.hidden_size), dtype, device)
         self._layers = [Layer(config, n, dtype, device) for n in range(config.num_hidden_layers)]
         self._norm = RMSNorm(config.hidden_size, config.rms_norm_eps, dtype, device)
-        self._head = self._embedding if config.tie_word_embeddings else torch.empty_like(self._embedding)
+        self._head = self._embedding if config.tie_word_embeddings else zeros(self._embedding.shape, dtype, device)
         self._frequencies_F = inverse_frequencies(config, device)
 
     @property

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llama4.config import TextConfig
-from llama4.linear import linear
+from llama4.linear import grouped_linear, linear
+from llama4.memory import zeros
 
 Ticket: TypeAlias = Any  # what a dispatcher needs to combine later; opaque here
 
@@ -41,8 +42,8 @@ class MLP:
 
     def __init__(self, hidden: int, width: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self._width = width
-        self.gate_up = torch.empty((2 * width, hidden), dtype=dtype, device=device)
-        self.down = torch.empty((hidden, width), dtype=dtype, device=device)
+        self.gate_up = zeros((2 * width, hidden), dtype, device)
+        self.down = zeros((hidden, width), dtype, device)
 
     def tensors(self, prefix: str) -> Iterator[tuple[str, Tensor]]:
         """The checkpoint's names and where each tensor is kept."""
@@ -51,12 +52,8 @@ class MLP:
         yield f"{prefix}.down_proj.weight", self.down
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        return _mlp(x_TD, self.gate_up, self.down)
-
-
-def _mlp(x_TD: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate_TI, up_TI = linear(x_TD, gate_up).chunk(2, dim=-1)
-    return linear(F.silu(gate_TI).mul_(up_TI), down)
+        gate_TI, up_TI = linear(x_TD, self.gate_up).chunk(2, dim=-1)
+        return linear(F.silu(gate_TI).mul_(up_TI), self.down)
 
 
 class MoE:
@@ -100,7 +97,7 @@ class MoE:
 class Experts:
     """The weights of some experts of some layers: gate_up [2I, D] and down [D, I].
 
-    The checkpoint has them transposed; this way they can be cut into parts that are each contiguous: see `linear`.
+    The checkpoint has them transposed; this way the weights of one output are contiguous, as `few_rows` reads them.
     """
 
     def __init__(
@@ -120,8 +117,8 @@ class Experts:
                 if not 0 <= expert < config.num_local_experts:
                     raise ValueError(f"layer {layer} has no expert {expert}: there are {config.num_local_experts}")
                 self._weights[layer, expert] = (
-                    torch.empty((2 * width, hidden), dtype=dtype, device=device),
-                    torch.empty((hidden, width), dtype=dtype, device=device),
+                    zeros((2 * width, hidden), dtype, device),
+                    zeros((hidden, width), dtype, device),
                 )
 
     @property
@@ -159,15 +156,10 @@ class Experts:
     def __call__(self, layer: int, x_ND: Tensor, expert_ids: Sequence[int], counts: Sequence[int]) -> Tensor:
         """Rows sorted by expert: counts[i] consecutive rows are for expert_ids[i]. Returns their outputs y_ND."""
         assert sum(counts) == x_ND.shape[0], "every row must belong to an expert"
-        if len(expert_ids) == 1:
-            return _mlp(x_ND, *self._weights[layer, expert_ids[0]])
-        y_ND = torch.empty_like(x_ND)
-        first = 0
-        for expert, count in zip(expert_ids, counts, strict=True):
-            if count == 0:
-                continue
-            rows = slice(first, first + count)
-            gate_up, down = self._weights[layer, expert]
-            y_ND[rows] = _mlp(x_ND[rows], gate_up, down)
-            first += count
-        return y_ND
+        hit = [expert for expert, count in zip(expert_ids, counts, strict=True) if count]
+        if not hit:
+            return torch.empty_like(x_ND)
+        gate_up, down = zip(*(self._weights[layer, expert] for expert in hit), strict=True)
+        rows = [count for count in counts if count]
+        gate_NI, up_NI = grouped_linear(x_ND, gate_up, rows).chunk(2, dim=-1)
+        return grouped_linear(F.silu(gate_NI).mul_(up_NI), down, rows)

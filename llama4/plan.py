@@ -1,10 +1,9 @@
 """Everything about a step's attention that depends on its batch alone, made once per step and shared by all layers.
 
-Rows that come alone (decoding) attend together, in groups of similar length: their pages are gathered and padded to
-the longest of the group. Rows that come in a run (prefilling) attend run by run; for chunked layers a run is cut at
-chunk borders.
+Rows that come alone (decoding) attend together, by the way that suits the device. Rows that come in a run (prefilling)
+attend run by run; for chunked layers a run is cut at chunk borders.
 
-Shapes: T rows of the step, B rows of a group, P pages, L keys, Q queries of a block, F RoPE frequencies.
+Shapes: T rows of the step, P pages, L keys, Q queries of a block, F RoPE frequencies.
 """
 
 from __future__ import annotations
@@ -16,31 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llama4 import paged_attention
 from llama4.config import LayerKind, TextConfig
-from llama4.kv_pages import Batch, Segment
+from llama4.gathered_attention import GatheredDecode
+from llama4.kv_pages import Batch, Segment, Window
+from llama4.paged_attention import PagedDecode
 from llama4.rope import query_temperature, rotation
 
-SMALL_GROUP_PAGES = 8  # sequences up to this many pages share one group
-GATHER_BYTES = 16 << 20  # a group's gathered pages stay within this, so that they are still in cache when they are read
 QUERY_BLOCK = 256  # queries that share one mask
 MASK_ELEMENTS = 1 << 22  # a mask's size; longer windows get smaller query blocks, down to MIN_QUERY_BLOCK
 MIN_QUERY_BLOCK = 16
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeGroup:
-    """Rows that attend as one padded batch.
-
-    `rows`: how many, B. `rows_B`: which rows of the step; None if they are all of them, in order. `pages_N`: B * P page
-    ids. `keys`: the part of the pages in which all rows' windows lie. `mask_B11L` is added to the scores of these keys:
-    0 inside a row's window, else -inf; None if every window is all of them.
-    """
-
-    rows: int
-    rows_B: Tensor | None
-    pages_N: Tensor
-    keys: slice
-    mask_B11L: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +47,7 @@ class KindPlan:
 
     written_rows: Tensor | None
     slots: Tensor
-    decode: tuple[DecodeGroup, ...]
+    decode: PagedDecode | GatheredDecode
     prefill: tuple[PrefillRun, ...]
 
 
@@ -122,11 +106,9 @@ class _Planner:
         self._page_size = page_size
         self._dtype = dtype
         self._device = device
-        token_bytes = 2 * config.num_key_value_heads * config.head_dim * dtype.itemsize
-        self._group_pages = max(1, GATHER_BYTES // (token_bytes * page_size))
 
     def plan(self, batch: Batch) -> KindPlan:
-        decoding = [segment for segment in batch.segments if segment.length == 1]
+        windows = [self._window(segment) for segment in batch.segments if segment.length == 1]
         prefilling = [segment for segment in batch.segments if segment.length > 1]
         rows: list[int] = []
         slots: list[int] = []
@@ -138,7 +120,7 @@ class _Planner:
         return KindPlan(
             written_rows=None if all_rows else self._indices(rows),
             slots=self._indices(slots),
-            decode=tuple(self._group(group, len(batch.segments)) for group in self._grouped(decoding)),
+            decode=self._decode(windows),
             prefill=tuple(run for segment in prefilling for run in self._runs(segment)),
         )
 
@@ -166,45 +148,16 @@ class _Planner:
         offset = start // size * size
         return [pages[(p - offset) // size] * size + p % size for p in range(start, stop)]
 
-    def _grouped(self, segments: Sequence[Segment]) -> list[list[tuple[Segment, list[int]]]]:
-        """Segments with their windows' pages, in groups of like page counts (powers of two) within GATHER_BYTES."""
-        buckets: dict[int, list[tuple[Segment, list[int]]]] = {}
-        for segment in segments:
-            start = self._config.window_start(self._kind, segment.position)
-            pages = self._window_pages(segment, start, segment.position + 1)
-            size = max(SMALL_GROUP_PAGES, 1 << (len(pages) - 1).bit_length())
-            buckets.setdefault(size, []).append((segment, pages))
-        groups: list[list[tuple[Segment, list[int]]]] = []
-        for size, members in sorted(buckets.items()):
-            count = max(1, self._group_pages // size)
-            groups.extend(members[i : i + count] for i in range(0, len(members), count))
-        return groups
+    def _window(self, segment: Segment) -> Window:
+        start = self._config.window_start(self._kind, segment.position)
+        pages = self._window_pages(segment, start, segment.position + 1)
+        return Window(segment.start, pages, start % self._page_size, segment.position + 1 - start)
 
-    def _group(self, members: Sequence[tuple[Segment, list[int]]], segments: int) -> DecodeGroup:
-        width = max(len(pages) for _, pages in members)
-        # Padding repeats a page of the row's own: it is masked, and any page will do.
-        page_ids = [page for _, pages in members for page in pages + pages[:1] * (width - len(pages))]
-        lows, highs = [], []
-        for segment, _ in members:
-            start = self._config.window_start(self._kind, segment.position)
-            lows.append(start % self._page_size)
-            highs.append(lows[-1] + segment.position - start)
-        first, last = min(lows), max(highs)
-        return DecodeGroup(
-            rows=len(members),
-            # All segments are in this group, so all are single rows; members keep the segments' order.
-            rows_B=None if len(members) == segments else self._indices([segment.start for segment, _ in members]),
-            pages_N=self._indices(page_ids),
-            keys=slice(first, last + 1),
-            mask_B11L=None if first == max(lows) and last == min(highs) else self._mask(lows, highs, first, last),
-        )
-
-    def _mask(self, lows: Sequence[int], highs: Sequence[int], first: int, last: int) -> Tensor:
-        lows_B1, highs_B1 = torch.tensor(lows)[:, None], torch.tensor(highs)[:, None]
-        places_L = torch.arange(first, last + 1)
-        outside_BL = (places_L < lows_B1) | (places_L > highs_B1)
-        mask_BL = torch.zeros(outside_BL.shape, dtype=self._dtype).masked_fill_(outside_BL, -math.inf)
-        return mask_BL[:, None, None].to(self._device)
+    def _decode(self, windows: Sequence[Window]) -> PagedDecode | GatheredDecode:
+        if paged_attention.suits(self._dtype, self._device):
+            return PagedDecode.of(windows, self._page_size)
+        token_bytes = 2 * self._config.num_key_value_heads * self._config.head_dim * self._dtype.itemsize
+        return GatheredDecode.of(windows, token_bytes * self._page_size, self._dtype, self._device)
 
     def _runs(self, segment: Segment) -> list[PrefillRun]:
         runs = []

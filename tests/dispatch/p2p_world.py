@@ -21,7 +21,8 @@ from dispatch.topology import SlotAddress, Topology
 from tests.dispatch.members import WIDTH, RowwiseExperts
 from tests.dispatch.pool import start_process
 
-SECRET = b"of the tests"
+# Names the sockets too, so each of pytest-xdist's workers needs its own; processes of a test inherit it.
+SECRET = f"of the tests {os.environ.get('PYTEST_XDIST_WORKER', '')}".encode()
 HOST = "127.0.0.1"
 
 

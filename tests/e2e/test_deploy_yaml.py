@@ -226,6 +226,13 @@ def herder_names() -> set[str]:
     return {name.partition("@")[0] for name in herder_actors()}
 
 
+def test_without_the_application_no_actor_is_left(deployed: RayCluster) -> None:
+    assert {"controller", "attention-0", "expert-1"} <= herder_names()
+    deployed.deploy(deployed.rendered() | {"applications": []})
+    until(lambda: not deployed.applications(), "the application's end")
+    assert herder_actors() == set() and reserved() == []
+
+
 def test_a_configuration_that_cannot_start_leaves_nothing(deployed: RayCluster) -> None:
     broken = deployed.rendered("experts.num_cpus=99", "placement_timeout_s=1")
     deployed.deploy(broken)
@@ -237,13 +244,6 @@ def test_a_configuration_that_cannot_start_leaves_nothing(deployed: RayCluster) 
     assert ask(deployed) == "42"
 
 
-def test_without_the_application_no_actor_is_left(deployed: RayCluster) -> None:
-    assert {"controller", "attention-0", "expert-1"} <= herder_names()
-    deployed.deploy(deployed.rendered() | {"applications": []})
-    until(lambda: not deployed.applications(), "the application's end")
-    assert herder_actors() == set() and reserved() == []
-
-    deployed.deploy(deployed.rendered())
-    until(lambda: running(deployed), "the application again")
+def test_a_shutdown_of_serve_leaves_nothing(deployed: RayCluster) -> None:
     deployed.serve("shutdown", "--yes")
     until(lambda: not herder_actors() and not reserved(), "the actors' end")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama4.few_rows import few_rows
-from llama4.linear import FEW_ROWS, linear
+from llama4.linear import FEW_ROWS, grouped_linear, linear
 
 
 @pytest.fixture(autouse=True)
@@ -36,17 +36,36 @@ def test_other_types_are_left_to_torch() -> None:
     assert torch.equal(linear(x_TD, w_ND), F.linear(x_TD, w_ND))
 
 
-@given(rows=st.integers(1, 18), width=st.integers(1, 150), hidden=st.integers(1, 70), threads=st.integers(1, 4))
-def test_few_rows_of_any_shape(rows: int, width: int, hidden: int, threads: int) -> None:
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=1, max_size=4),
+    width=st.integers(1, 150),
+    hidden=st.integers(1, 70),
+    threads=st.integers(1, 4),
+)
+def test_few_rows_of_any_shape(counts: list[int], width: int, hidden: int, threads: int) -> None:
     torch.set_num_threads(threads)
-    torch.manual_seed(rows)
-    x_TD, w_ND = torch.randn(hidden, rows).t(), torch.randn(width, hidden)
-    torch.testing.assert_close(few_rows(x_TD, w_ND), F.linear(x_TD, w_ND), rtol=1e-4, atol=1e-4)
+    torch.manual_seed(width)
+    x_TD, weights_ND = torch.randn(hidden, sum(counts)).t(), [torch.randn(width, hidden) for _ in counts]
+    want_TN = torch.cat([F.linear(*pair) for pair in zip(x_TD.split(counts), weights_ND, strict=True)])
+    torch.testing.assert_close(few_rows(x_TD, weights_ND, counts), want_TN, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("counts", [(3, 1, 2), (1, FEW_ROWS + 1, 30)])
+@pytest.mark.parametrize(("width", "hidden"), [(1024, 256), (16, 64)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_each_group_of_rows_has_its_own_matrix(
+    counts: tuple[int, ...], width: int, hidden: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    x_TD = torch.randn(sum(counts), hidden, dtype=dtype)
+    weights_ND = [torch.randn(width, hidden, dtype=dtype) for _ in counts]
+    want_TN = torch.cat([F.linear(*pair) for pair in zip(x_TD.split(counts), weights_ND, strict=True)])
+    torch.testing.assert_close(grouped_linear(x_TD, weights_ND, counts), want_TN, rtol=1e-4, atol=1e-4)
 
 
 def test_several_threads_may_multiply_few_rows_at_a_time() -> None:
     x_TD, w_ND = torch.randn(3, 256), torch.randn(2048, 256)
-    expected = few_rows(x_TD, w_ND)
+    expected = few_rows(x_TD, (w_ND,), (3,))
     with ThreadPoolExecutor(4) as pool:
-        for got in pool.map(lambda _: few_rows(x_TD, w_ND), range(200)):
+        for got in pool.map(lambda _: few_rows(x_TD, (w_ND,), (3,)), range(200)):
             assert torch.equal(got, expected)

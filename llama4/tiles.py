@@ -1,0 +1,51 @@
+"""Products of a few rows with many, in tiles whose sums the registers of AVX2 can hold: compiled, on one thread.
+
+Addresses and strides count bytes; rows of float32 may have any width.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba import njit
+
+from llama4.intrinsics import CACHE, add_weighted, dot_tile
+
+FLOAT = 4  # bytes
+
+
+@njit(cache=CACHE)
+def dots(
+    rows: Any, x: Any, x_stride: Any, columns: Any, w: Any, w_stride: Any, y: Any, y_stride: Any, width: Any
+) -> None:
+    """y[r, c] = x[r] . w[c]: rows at x and w, one every stride; y[r, c] at y + r * y_stride + c * FLOAT."""
+    whole = rows - rows % 4
+    rest_x, rest_y = x + whole * x_stride, whole * y_stride
+    for c in range(0, columns - 2, 3):
+        w_c, y_c = w + c * w_stride, y + c * FLOAT
+        for r in range(0, whole, 4):
+            dot_tile(4, 3, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width)
+        if rows % 4 == 3:
+            dot_tile(3, 3, rest_x, x_stride, w_c, w_stride, y_c + rest_y, y_stride, width)
+        elif rows % 4 == 2:
+            dot_tile(2, 3, rest_x, x_stride, w_c, w_stride, y_c + rest_y, y_stride, width)
+        elif rows % 4 == 1:
+            dot_tile(1, 3, rest_x, x_stride, w_c, w_stride, y_c + rest_y, y_stride, width)
+    for c in range(columns - columns % 3, columns):
+        w_c, y_c = w + c * w_stride, y + c * FLOAT
+        for r in range(0, whole, 4):
+            dot_tile(4, 1, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width)
+        for r in range(whole, rows):
+            dot_tile(1, 1, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width)
+
+
+@njit(cache=CACHE)
+def add_weighted_sums(
+    rows: Any, p: Any, p_stride: Any, count: Any, v: Any, v_stride: Any, y: Any, y_stride: Any, width: Any
+) -> None:
+    """y[r] += sum of p[r, i] * v[i] over `count` rows at v; p[r, i] at p + r * p_stride + i * FLOAT."""
+    whole = rows - rows % 4
+    for r in range(0, whole, 4):
+        add_weighted(4, p + r * p_stride, p_stride, v, v_stride, count, y + r * y_stride, y_stride, width)
+    for r in range(whole, rows):
+        add_weighted(1, p + r * p_stride, p_stride, v, v_stride, count, y + r * y_stride, y_stride, width)
