@@ -16,7 +16,9 @@ RUN python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))
         > requirements.txt
 
 FROM builder AS cpu-builder
-RUN pip install --extra-index-url https://download.pytorch.org/whl/cpu -c constraints.txt -r requirements.txt
+# The URL of an index with CPU-only builds of torch (--build-arg); without one, torch brings CUDA along unused.
+ARG PIP_EXTRA_INDEX_URL
+RUN pip install -c constraints.txt -r requirements.txt
 COPY . .
 RUN pip install --no-deps .
 

@@ -24,7 +24,7 @@ from cluster.manifests_pods import (
 )
 from cluster.manifests_ray import Role, Target, pods
 
-_REDIS_IMAGE = "docker.io/valkey/valkey:8.1.4"  # speaks Redis' protocol
+_REDIS_IMAGE = "valkey/valkey:8.1.4"  # speaks Redis' protocol
 _REDIS_USER = 999  # of that image
 _PRIVATE_NETWORKS = ["10.0.0.0/8", "100.64.0.0/10", "169.254.0.0/16", "172.16.0.0/12", "192.168.0.0/16"]
 
