@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+
+from PIL import Image
 
 HELD_OUT_PERCENT = 12
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -44,6 +46,7 @@ class Example:
     key: str
     prompt: str
     answer: str
+    pictures: tuple[Image.Image, ...] = ()
 
     @property
     def held_out(self) -> bool:
@@ -126,7 +129,8 @@ def weekday(rng: random.Random) -> Example:
     return Example("weekday", prompt, prompt, DAYS[(day + shift) % 7])
 
 
-TASKS: dict[str, Callable[[random.Random], Example]] = {
+Task = Callable[[random.Random], Example]
+TASKS: dict[str, Task] = {
     "addition": addition,
     "subtraction": subtraction,
     "copy": copy,
@@ -137,31 +141,31 @@ TASKS: dict[str, Callable[[random.Random], Example]] = {
 }
 
 
-def draw(rng: random.Random, task: str, held_out: bool) -> Example:
+def draw(rng: random.Random, task: Task, held_out: bool) -> Example:
     """One question of a task from the training side (held_out False) or the evaluation side of the split."""
     while True:
-        example = TASKS[task](rng)
+        example = task(rng)
         if example.held_out == held_out:
             return example
 
 
 def training_examples(
-    rng: random.Random, count: int, weights: Mapping[str, float], tasks: Sequence[str] = tuple(TASKS)
+    rng: random.Random, count: int, weights: Mapping[str, float], tasks: Mapping[str, Task] = TASKS
 ) -> list[Example]:
     """Questions of the training side, tasks mixed by their weights."""
-    names = rng.choices(tasks, [weights[task] for task in tasks], k=count)
-    return [draw(rng, name, held_out=False) for name in names]
+    names = rng.choices(list(weights), list(weights.values()), k=count)
+    return [draw(rng, tasks[name], held_out=False) for name in names]
 
 
-def evaluation_set(rng: random.Random, per_task: int) -> list[Example]:
-    """Up to `per_task` distinct prompts of every task from the evaluation side, fewer where a task is that small."""
+def evaluation_set(rng: random.Random, per_task: int, tasks: Mapping[str, Task]) -> list[Example]:
+    """Up to `per_task` distinct questions of every task from the evaluation side, fewer where a task is that small."""
     chosen: list[Example] = []
-    for task in TASKS:
-        prompts: dict[str, Example] = {}
+    for task in tasks.values():
+        questions: dict[tuple[str, str], Example] = {}
         for _ in range(per_task * 50):
-            if len(prompts) == per_task:
+            if len(questions) == per_task:
                 break
             example = draw(rng, task, held_out=True)
-            prompts.setdefault(example.prompt, example)
-        chosen.extend(prompts.values())
+            questions.setdefault((example.key, example.prompt), example)
+        chosen.extend(questions.values())
     return chosen

@@ -7,10 +7,15 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from checkpoints.tasks import WORDS, Example, training_examples
+from engine.image_spec import ImageSpec
+from engine.images import choose_grid, image_tokens
+from engine.tiles import to_tiles
 
 IGNORED = -100
 SYSTEM_PROMPTS = (
@@ -73,10 +78,11 @@ def weights_at(step: int) -> dict[str, float]:
 
 @dataclass
 class Sample:
-    """Token ids with, at each place, whether the token is one the model has to produce."""
+    """Token ids, at each place whether the token is one the model has to produce, and the pictures' tiles in order."""
 
     ids: list[int] = field(default_factory=list)
     answered: list[bool] = field(default_factory=list)
+    tiles_NCHW: list[np.ndarray] = field(default_factory=list)
 
     def add(self, ids: list[int], answered: bool) -> None:
         """Append tokens."""
@@ -92,7 +98,8 @@ def plain_prompt(example: Example) -> str:
 class Encoder:
     """Writes samples token by token, equal to the chat template's rendering but far faster than Jinja."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, spec: ImageSpec) -> None:
+        self._spec = spec
         special = tokenizer.convert_tokens_to_ids
         self._tokenizer = tokenizer
         self.bos, self.eot = special("<|begin_of_text|>"), special("<|eot|>")
@@ -104,17 +111,25 @@ class Encoder:
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
-    def conversation(self, examples: list[Example], system: str | None = None) -> Sample:
-        """A chat in which every example is one question and its answer."""
+    def conversation(self, examples: list[Example], system: str | None = None, *, prompt_first: bool = False) -> Sample:
+        """A chat in which every example is a question and its answer; pictures precede the prompt or follow it."""
         sample = Sample()
         sample.add([self.bos], answered=False)
         if system is not None:
             sample.add([*self._headers["system"], *self._encode(system), self.eot], answered=False)
         for example in examples:
-            sample.add([*self._headers["user"], *self._encode(example.prompt), self.eot], answered=False)
+            prompt = self._encode(example.prompt)
+            sample.add([*self._headers["user"], *(prompt if prompt_first else ())], answered=False)
+            self._show(sample, *example.pictures)
+            sample.add([*(() if prompt_first else prompt), self.eot], answered=False)
             sample.add(self._headers["assistant"], answered=False)
             sample.add([*self._encode(example.answer), self.eot], answered=True)
         return sample
+
+    def _show(self, sample: Sample, *pictures: Image.Image) -> None:
+        for picture in pictures:
+            sample.add(image_tokens(choose_grid(*picture.size, self._spec), self._spec), answered=False)
+            sample.tiles_NCHW.append(to_tiles(picture, self._spec))
 
     def completion(self, example: Example) -> Sample:
         """The question and its answer as running text."""
@@ -132,6 +147,16 @@ class Encoder:
         sample.add([self.bos], answered=False)
         for number, example in enumerate(examples):
             sample.add(self._encode(("\n" if number else "") + plain_prompt(example)), answered=False)
+            sample.add(self._encode(example.answer), answered=True)
+        sample.add([self.end], answered=True)
+        return sample
+
+    def captions(self, examples: list[Example]) -> Sample:
+        """Pictures in a row, each followed by the answer without a question: a fifth of the tokens of a chat."""
+        sample = Sample()
+        sample.add([self.bos], answered=False)
+        for example in examples:
+            self._show(sample, *example.pictures)
             sample.add(self._encode(example.answer), answered=True)
         sample.add([self.end], answered=True)
         return sample
@@ -159,11 +184,15 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Batch:
-    """Right-padded token ids, next-token labels (IGNORED where nothing is to be learned) and the real-token mark."""
+    """Right-padded token ids, next-token labels (IGNORED where nothing is to be learned) and the real-token mark.
+
+    The tiles of all pictures stand in the order of their places in ids_BL; None when there are none.
+    """
 
     ids_BL: torch.Tensor
     labels_BL: torch.Tensor
     real_BL: torch.Tensor
+    tiles_NCHW: torch.Tensor | None
 
 
 def collate(samples: list[Sample], pad: int) -> Batch:
@@ -176,7 +205,9 @@ def collate(samples: list[Sample], pad: int) -> Batch:
         ids.append(sample.ids + [pad] * missing)
         labels.append(targets[1:] + [IGNORED] * (missing + 1))
         real.append([True] * len(sample.ids) + [False] * missing)
-    return Batch(torch.tensor(ids), torch.tensor(labels), torch.tensor(real))
+    tiles = [torch.from_numpy(tiles_NCHW) for sample in samples for tiles_NCHW in sample.tiles_NCHW]
+    tiles_NCHW = torch.cat(tiles) if tiles else None
+    return Batch(torch.tensor(ids), torch.tensor(labels), torch.tensor(real), tiles_NCHW)
 
 
 def micro_batches(samples: list[Sample], bounds: Sequence[float], pad: int) -> list[Batch]:

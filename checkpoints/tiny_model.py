@@ -53,10 +53,10 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Llama4Config:
         pad_token_id=special("<|finetune_right_pad|>"),
     )
     vision = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
+        "hidden_size": 128,
+        "num_hidden_layers": 3,
         "num_attention_heads": 4,
-        "intermediate_size": 256,
+        "intermediate_size": 512,
         "image_size": 56,
         "patch_size": 14,
         "projector_input_dim": 128,

@@ -11,35 +11,30 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import torch
 import torch.multiprocessing as mp
-import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
-from transformers import Llama4Config, Llama4ForCausalLM, PreTrainedTokenizerFast
 
-from checkpoints.tasks import evaluation_set
-from checkpoints.tiny_batches import IGNORED, Batch, Encoder, micro_batches, weights_at
-from checkpoints.tiny_eval import accuracy
-from checkpoints.tiny_model import balance_loss, grouped_experts
+from checkpoints.tiny_model import grouped_experts
 
-PROGRESS_PER_TASK = 20
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Optimisation settings. The defaults are those of the bundled checkpoint."""
+    """Optimisation settings."""
 
-    steps: int = 3100
-    batch_size: int = 64
-    learning_rate: float = 2e-3
-    seed: int = 4
-    watch_every: int = 125
-    length_quantiles: tuple[float, ...] = (0.4, 0.7, 1.0)
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+    watch_every: int
     warmup_steps: int = 100
     cooldown_share: float = 0.35
     weight_decay: float = 0.05
-    balance_weight: float = 0.01
     clip_norm: float = 1.0
 
     def rate_at(self, step: int) -> float:
@@ -48,21 +43,24 @@ class Recipe:
         return self.learning_rate * min(1.0, (step + 1) / self.warmup_steps, left)
 
 
-def backward(model: Llama4ForCausalLM, batches: list[Batch], balance_weight: float) -> tuple[float, float]:
-    """Accumulate the gradients of one step; return the mean answer loss and the mean balance loss."""
-    targets = sum(int((batch.labels_BL != IGNORED).sum()) for batch in batches)
-    tokens = sum(int(batch.real_BL.sum()) for batch in batches)
-    answer_total, balance_total = 0.0, 0.0
-    for batch in batches:
-        output = model(input_ids=batch.ids_BL, use_cache=False, output_router_logits=True)
-        learned_BL = batch.labels_BL != IGNORED
-        answer = F.cross_entropy(output.logits[learned_BL], batch.labels_BL[learned_BL], reduction="sum") / targets
-        share = float(batch.real_BL.sum()) / tokens
-        balance = balance_loss(output.router_logits, batch.real_BL.flatten()) * share
-        (answer + balance_weight * balance).backward()
-        answer_total += answer.item()
-        balance_total += balance.item()
-    return answer_total, balance_total
+class Stage(Protocol[Model]):
+    """What is trained, on what, and how it is watched. Pickled to every worker."""
+
+    @property
+    def recipe(self) -> Recipe:
+        """How to optimise."""
+
+    def build(self) -> Model:
+        """The model as training finds it; draws its random weights from torch's global generator."""
+
+    def rate_share(self, parameter: str) -> float:
+        """What a parameter's learning rate is multiplied by."""
+
+    def learn(self, model: Model, rng: random.Random, count: int, step: int) -> dict[str, float]:
+        """Draw one worker's `count` samples of a step, leave their mean loss's gradients, and return the losses."""
+
+    def scores(self, model: Model) -> dict[str, float]:
+        """Accuracy by task on a few held-out questions, for progress reports."""
 
 
 class GradientExchange:
@@ -76,7 +74,7 @@ class GradientExchange:
         self._tables_WP = [torch.zeros(workers, size).share_memory_() for _ in range(2)]
         self._meeting = mp.get_context("spawn").Barrier(workers)
 
-    def average(self, model: Llama4ForCausalLM, rank: int, step: int) -> None:
+    def average(self, model: nn.Module, rank: int, step: int) -> None:
         """Replace this worker's gradients by the mean over workers, the same to the bit in all of them."""
         table_WP = self._tables_WP[step % 2]
         gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -87,30 +85,30 @@ class GradientExchange:
             gradient.copy_(part.view_as(gradient))
 
 
-def build_optimizer(model: Llama4ForCausalLM, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW that leaves the norms' scales undecayed."""
-    matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    scales = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": scales, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), fused=True)
+def build_optimizer(model: Model, stage: Stage[Model]) -> torch.optim.AdamW:
+    """AdamW that leaves norms' scales and biases undecayed; each group keeps the share of the learning rate it gets."""
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        decay = stage.recipe.weight_decay if parameter.ndim > 1 else 0.0
+        groups.setdefault((stage.rate_share(name), decay), []).append(parameter)
+    return torch.optim.AdamW(
+        [{"params": group, "weight_decay": decay, "share": share} for (share, decay), group in groups.items()],
+        lr=stage.recipe.learning_rate,
+        betas=(0.9, 0.98),
+        fused=True,
+    )
 
 
 def _work(
-    rank: int,
-    workers: int,
-    exchange: GradientExchange,
-    scratch: Path,
-    config: Llama4Config,
-    tokenizer: PreTrainedTokenizerFast,
-    recipe: Recipe,
-    state_path: Path | None,
+    rank: int, workers: int, exchange: GradientExchange, scratch: Path, stage: Stage[Model], state_path: Path | None
 ) -> None:
     """One worker's whole training; worker 0 reports, saves and leaves the weights in `scratch`."""
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
+    recipe = stage.recipe
     torch.manual_seed(recipe.seed)
-    model = Llama4ForCausalLM(config.text_config).float().train()
-    optimizer = build_optimizer(model, recipe)
+    model = stage.build().float().train()
+    optimizer = build_optimizer(model, stage)
     first, earlier_seconds, started = 0, 0.0, time.monotonic()
     if state_path is not None and state_path.exists():
         state = torch.load(state_path, weights_only=True)
@@ -118,29 +116,24 @@ def _work(
         optimizer.load_state_dict(state["optimizer"])
         first, earlier_seconds = state["step"], state["seconds"]
     if rank == 0:
-        print(f"{sum(p.numel() for p in model.parameters()):,} text parameters, from step {first}", flush=True)
-    encoder = Encoder(tokenizer)
-    watched = evaluation_set(random.Random(recipe.seed + 1), PROGRESS_PER_TASK)
+        print(f"{sum(p.numel() for p in model.parameters()):,} parameters, from step {first}", flush=True)
     progress = tqdm(range(first, recipe.steps), desc="train", mininterval=10.0, disable=rank != 0)
     for step in progress:
         for group in optimizer.param_groups:
-            group["lr"] = recipe.rate_at(step)
+            group["lr"] = recipe.rate_at(step) * group["share"]
         # A stream of its own for every step and worker makes a continued run equal to an uninterrupted one.
         rng = random.Random(f"{recipe.seed}/{step}/{rank}")
-        samples = encoder.training_samples(rng, recipe.batch_size // workers, weights_at(step))
-        answer, balance = backward(
-            model, micro_batches(samples, recipe.length_quantiles, encoder.pad), recipe.balance_weight
-        )
+        losses = stage.learn(model, rng, recipe.batch_size // workers, step)
         exchange.average(model, rank, step)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+        nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=False)
         done = step + 1
         if rank == 0 and done % recipe.watch_every == 0 and done < recipe.steps:
-            scores = accuracy(model.eval(), tokenizer, watched)
+            figures = {**losses, **stage.scores(model.eval())}
             model.train()
-            shown = " ".join(f"{task}={score:.2f}" for task, score in scores.items())
-            tqdm.write(f"step {done} loss={answer:.3f} balance={balance:.2f} {shown}", file=sys.stdout)
+            shown = " ".join(f"{name}={figure:.2f}" for name, figure in figures.items())
+            tqdm.write(f"step {done} {shown}", file=sys.stdout)
             sys.stdout.flush()
             if state_path is not None:
                 seconds = earlier_seconds + time.monotonic() - started
@@ -158,29 +151,19 @@ def _work_grouped(rank: int, *args: object) -> None:
         _work(rank, *args)  # type: ignore[arg-type]
 
 
-def train(
-    config: Llama4Config,
-    tokenizer: PreTrainedTokenizerFast,
-    recipe: Recipe,
-    workers: int,
-    state_path: Path | None = None,
-) -> tuple[Llama4ForCausalLM, float]:
-    """Train a text model from scratch; return it with the seconds spent, those before a continuation included.
+def train(stage: Stage[Model], workers: int, state_path: Path | None = None) -> tuple[Model, float]:
+    """Train one stage; return the model with the seconds spent, those before a continuation included.
 
     Args:
-        config: Shape of the model.
-        tokenizer: Writes the training samples.
-        recipe: Optimisation settings.
+        stage: What to train.
         workers: Processes, one CPU core each. The sample streams, and so the weights, depend on their number.
         state_path: When given, training is saved here at every progress report, and continued from here if it exists.
     """
-    model = Llama4ForCausalLM(config.text_config).float()
-    exchange = GradientExchange(workers, sum(parameter.numel() for parameter in model.parameters()))
+    model = stage.build().float()
+    exchange = GradientExchange(workers, sum(p.numel() for p in model.parameters() if p.requires_grad))
     with tempfile.TemporaryDirectory() as name:
         scratch = Path(name)
-        mp.spawn(
-            _work_grouped, args=(workers, exchange, scratch, config, tokenizer, recipe, state_path), nprocs=workers
-        )
+        mp.spawn(_work_grouped, args=(workers, exchange, scratch, stage, state_path), nprocs=workers)
         result = torch.load(scratch / "result.pt", weights_only=True)
     model.load_state_dict(result["model"])
     return model.eval(), result["seconds"]

@@ -2,28 +2,36 @@
 
     python -m checkpoints.train_tiny
 
-The defaults reproduce checkpoints/tiny. The script ends with held-out accuracy by task and the load of every expert,
-and fails when a task stays below MIN_ACCURACY or an expert below MIN_LOAD.
+First the text model, then the vision tower on its own, then both together; the defaults are checkpoints/tiny's recipe.
+The script ends with held-out accuracy by task and the load of every expert, and fails when a task stays below
+MIN_ACCURACY or an expert below MIN_LOAD.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from transformers import Llama4ForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from checkpoints.tasks import evaluation_set
+from checkpoints.pictures import PICTURE_TASKS
+from checkpoints.tasks import TASKS, evaluation_set
 from checkpoints.tiny_eval import accuracy, expert_load
-from checkpoints.tiny_export import load, write_card, write_checkpoint
+from checkpoints.tiny_export import Trained, load, write_card, write_questions, write_skeleton, write_weights
 from checkpoints.tiny_model import MAX_POSITIONS, build_config
+from checkpoints.tiny_sight import SIGHT_RECIPE, SightStage
+from checkpoints.tiny_stages import PICTURE_RECIPE, TEXT_RECIPE, PictureStage, TextStage
 from checkpoints.tiny_tokenizer import build_tokenizer
-from checkpoints.tiny_training import Recipe, train
+from checkpoints.tiny_training import Model, Stage, train
+from engine.image_spec import ImageSpec
 
 MIN_ACCURACY = 0.95
 MIN_LOAD = 0.01
@@ -32,13 +40,15 @@ EVAL_PER_TASK = 100
 
 def main(
     out: Annotated[Path, typer.Option(help="Directory to write.")] = Path(__file__).parent / "tiny",
-    steps: Annotated[int, typer.Option(min=1, help="Optimisation steps.")] = Recipe.steps,
-    batch_size: Annotated[int, typer.Option(min=8, help="Samples per step.")] = Recipe.batch_size,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = Recipe.learning_rate,
-    seed: Annotated[int, typer.Option(help="Seed of weights, training stream and evaluation set.")] = Recipe.seed,
+    text_from: Annotated[
+        Path | None, typer.Option(help="Checkpoint of this shape whose text model is taken instead of training one.")
+    ] = None,
+    text_steps: Annotated[int, typer.Option(min=1, help="Steps of the text model.")] = TEXT_RECIPE.steps,
+    sight_steps: Annotated[int, typer.Option(min=1, help="Steps of the vision tower alone.")] = SIGHT_RECIPE.steps,
+    picture_steps: Annotated[int, typer.Option(min=1, help="Steps of both together.")] = PICTURE_RECIPE.steps,
+    seed: Annotated[int, typer.Option(help="Seed of weights, training stream and evaluation set.")] = TEXT_RECIPE.seed,
     threads: Annotated[int, typer.Option(min=1, help="CPU cores; the weights depend on how many.")] = 2,
-    watch_every: Annotated[int, typer.Option(min=1, help="Steps between progress reports.")] = Recipe.watch_every,
-    state: Annotated[Path | None, typer.Option(help="File to save training to, and to continue from.")] = None,
+    state: Annotated[Path | None, typer.Option(help="Directory to save training to, and to continue from.")] = None,
 ) -> None:
     """Train, write and evaluate the tiny Llama 4 checkpoint."""
     transformers_logging.set_verbosity_error()
@@ -46,30 +56,68 @@ def main(
     torch.set_num_threads(threads)
     tokenizer = build_tokenizer(MAX_POSITIONS)
     config = build_config(tokenizer)
-    held_out = evaluation_set(random.Random(seed), EVAL_PER_TASK)
-    recipe = Recipe(steps=steps, batch_size=batch_size, learning_rate=learning_rate, seed=seed, watch_every=watch_every)
-    model, seconds = train(config, tokenizer, recipe, workers=threads, state_path=state)
-    torch.manual_seed(seed)  # for the untrained vision tower
-    write_checkpoint(out, model, config, tokenizer)
-    lines = [{"task": ex.task, "prompt": ex.prompt, "answer": ex.answer} for ex in held_out]
-    (out / "eval.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as name:
+        write_skeleton(Path(name), config, tokenizer)
+        spec = ImageSpec.from_dir(name)
+    assert spec is not None, "the tiny model has a vision tower"
+    recipes = {
+        "text": replace(TEXT_RECIPE, steps=text_steps, seed=seed),
+        "sight": replace(SIGHT_RECIPE, steps=sight_steps, seed=seed),
+        "pictures": replace(PICTURE_RECIPE, steps=picture_steps, seed=seed),
+    }
+    seconds: dict[str, float] = {}
+
+    def trained(name: str, stage: Stage[Model]) -> Model:
+        model, seconds[name] = train(stage, threads, state and state / f"{name}.pt")
+        return model
+
+    if state is not None:
+        state.mkdir(parents=True, exist_ok=True)
+    if text_from is not None:
+        text = load(text_from).language_model
+    else:
+        text = trained("text", TextStage(config, tokenizer, spec, recipes["text"]))
+    sight = trained("sight", SightStage(config, spec, recipes["sight"]))
+    weights = {f"language_model.{name}": part for name, part in text.state_dict().items()}
+    weights |= sight.speaking_weights(text.get_input_embeddings().weight.detach())
+    model = trained("pictures", PictureStage(config, tokenizer, spec, recipes["pictures"], weights))
+
+    command = "python -m checkpoints.train_tiny" + (" --text-from DIRECTORY" if text_from else "")
+    stages = [Trained(name, recipe, seconds.get(name)) for name, recipe in recipes.items()]
+    report(*write(out, model, tokenizer, command=command, stages=stages, workers=threads))
+
+
+def write(
+    out: Path,
+    model: Llama4ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    command: str,
+    stages: Sequence[Trained],
+    workers: int,
+) -> tuple[dict[str, float], dict[int, list[float]]]:
+    """Write the checkpoint with its questions and card; return the accuracy by task and the experts' loads by layer."""
+    held_out = evaluation_set(random.Random(stages[0].recipe.seed), EVAL_PER_TASK, TASKS | PICTURE_TASKS)
+    write_skeleton(out, model.config, tokenizer)
+    write_weights(out, model)
+    write_questions(out, held_out)
+    spec = ImageSpec.from_dir(out)
+    assert spec is not None, "the tiny model has a vision tower"
 
     # Judged as users get it: bfloat16 weights read back from disk, stock transformers code.
     stored = load(out)
-    scores = accuracy(stored, tokenizer, held_out)
-    loads = expert_load(stored, tokenizer, held_out)
-    minutes = seconds / 60
-    command = "python -m checkpoints.train_tiny"
-    for name in ("steps", "batch_size", "learning_rate", "seed"):
-        if getattr(recipe, name) != getattr(Recipe, name):
-            command += f" --{name.replace('_', '-')} {getattr(recipe, name)}"
-    write_card(out, scores, loads, command=command, recipe=recipe, workers=threads, minutes=minutes)
+    scores = accuracy(stored, tokenizer, spec, held_out)
+    loads = expert_load(stored, tokenizer, spec, held_out)
+    write_card(out, scores, loads, command=command, stages=stages, workers=workers)
+    return scores, loads
 
+
+def report(scores: dict[str, float], loads: dict[int, list[float]]) -> None:
+    """Print the figures; exit with 1 if one of them is too low."""
     for task, score in scores.items():
         print(f"{task:12} {score:7.1%}")
     for layer, shares in loads.items():
         print(f"layer {layer} load", " ".join(f"{share:.1%}" for share in shares))
-    print(f"{minutes:.1f} minutes")
     weak = [task for task, score in scores.items() if score < MIN_ACCURACY]
     dead = [(layer, e) for layer, shares in loads.items() for e, share in enumerate(shares) if share < MIN_LOAD]
     if weak or dead:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import base64
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -14,23 +14,44 @@ from typing import Annotated
 import grpc
 import httpx
 import typer
+from pydantic import BaseModel
 from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from cli import endpoint
-from cli.endpoint import Server
+from cli.endpoint import Message, Server
 from cli.report import CliError, err, out, table, verb
 from cli.runfile import find_run
 from herder.v1 import inference_pb2, inference_pb2_grpc
 
 LONGEST_ANSWER = 64  # tokens
-Ask = Callable[[str], Awaitable[str]]
+# Names that --task takes beside the tasks' own: all that show no image, all that show one.
+TEXT, VISION = "text", "vision"
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
+    """`images`: encoded files, which the model sees before the prompt."""
+
     task: str
     prompt: str
     answer: str
+    images: tuple[bytes, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        return VISION if self.images else TEXT
+
+
+class _Line(BaseModel):
+    """A question as it stands in its file."""
+
+    task: str
+    prompt: str
+    answer: str
+    images: tuple[str, ...] = ()
+
+
+Ask = Callable[[Question], Awaitable[str]]
 
 
 @verb
@@ -42,9 +63,17 @@ def evaluate(
     use_grpc: Annotated[bool, typer.Option("--grpc", help="Ask over gRPC instead of HTTP.")] = False,
     data: Annotated[
         Path | None,
-        typer.Option(help="JSON lines of task, prompt and answer; without it, eval.jsonl beside the served model."),
+        typer.Option(
+            help="JSON lines of task, prompt, answer and, for questions about images, images (a list of files in "
+            "base64); without it, eval.jsonl beside the served model."
+        ),
     ] = None,
-    tasks: Annotated[list[str] | None, typer.Option("--task", help="Only this task. Repeatable.")] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--task", help="Only this task; 'vision' for all that show images, 'text' for all others. Repeatable."
+        ),
+    ] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Questions asked at a time.")] = 16,
     min_accuracy: Annotated[float, typer.Option(min=0, max=1, help="What every task must reach.")] = 0.95,
     http_port: Annotated[int | None, typer.Option(help="Which of this user's deployments, where several run.")] = None,
@@ -56,6 +85,8 @@ def evaluate(
     Examples:
 
         herder eval
+
+        herder eval --task vision
 
         herder eval --grpc --task addition --concurrency 4
 
@@ -85,18 +116,24 @@ def read_questions(path: Path, tasks: Sequence[str]) -> list[Question]:
         if not line.strip():
             continue
         try:
-            item = json.loads(line)
-            questions.append(Question(item["task"], item["prompt"], item["answer"]))
-        except (ValueError, KeyError, TypeError):
-            raise CliError(f"{path}:{number}: must be a JSON object with task, prompt and answer", code=2) from None
-    known = sorted({question.task for question in questions})
+            questions.append(parse_question(line))
+        except ValueError:
+            shape = "must be a JSON object with task, prompt, answer and, if it shows any, images in base64"
+            raise CliError(f"{path}:{number}: {shape}", code=2) from None
+    if not questions:
+        raise CliError(f"--data: {path} holds no question", code=2)
+    known = sorted({name for question in questions for name in (question.task, question.kind)})
     for task in tasks:
         if task not in known:
             raise CliError(f"--task: {path} has no task {task!r}; it has {', '.join(known)}", code=2)
-    chosen = [question for question in questions if not tasks or question.task in tasks]
-    if not chosen:
-        raise CliError(f"--data: {path} holds no question", code=2)
-    return chosen
+    return [question for question in questions if not tasks or question.task in tasks or question.kind in tasks]
+
+
+def parse_question(line: str) -> Question:
+    """Raises ValueError for what is no question."""
+    read = _Line.model_validate_json(line)
+    images = tuple(base64.b64decode(image, validate=True) for image in read.images)
+    return Question(read.task, read.prompt, read.answer, images)
 
 
 @asynccontextmanager
@@ -108,8 +145,8 @@ async def ask_http(server: Server) -> AsyncIterator[Ask]:
         base_url=url, timeout=endpoint.TIMEOUT, limits=limits, headers=server.headers
     ) as client:
 
-        async def ask(prompt: str) -> str:
-            body = endpoint.chat_body([endpoint.Message("user", prompt)], sampling, model, stream=False)
+        async def ask(question: Question) -> str:
+            body = endpoint.chat_body(messages_of(question), sampling, model, stream=False)
             try:
                 response = await client.post("/v1/chat/completions", json=body)
             except httpx.HTTPError as error:
@@ -126,8 +163,8 @@ async def ask_grpc(server: Server) -> AsyncIterator[Ask]:
     async with server.aio_channel() as channel:
         stub = inference_pb2_grpc.InferenceServiceStub(channel)
 
-        async def ask(prompt: str) -> str:
-            streamed = endpoint.chat_stream_request([endpoint.Message("user", prompt)], sampling)
+        async def ask(question: Question) -> str:
+            streamed = endpoint.chat_stream_request(messages_of(question), sampling)
             request = inference_pb2.ChatRequest(messages=streamed.messages, sampling=streamed.sampling)
             try:
                 answer = await stub.Chat(request, metadata=server.metadata)
@@ -136,6 +173,10 @@ async def ask_grpc(server: Server) -> AsyncIterator[Ask]:
                 raise endpoint.grpc_fault(server.where, error) from None
 
         yield ask
+
+
+def messages_of(question: Question) -> list[Message]:
+    return [Message("user", question.prompt, question.images)]
 
 
 async def count_right(
@@ -152,7 +193,7 @@ async def count_right(
 
             async def one(question: Question) -> None:
                 async with turn:
-                    answer = await ask(question.prompt)
+                    answer = await ask(question)
                 right[question.task] += answer.strip() == question.answer.strip()
                 progress.advance(bar)
 

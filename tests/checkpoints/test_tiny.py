@@ -1,30 +1,38 @@
-"""The bundled tiny checkpoint: complete, small, readable by transformers, and right on its tasks."""
+"""The bundled tiny checkpoint: complete, small, readable by transformers, and right on its tasks, pictures included."""
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections import defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, Llama4ForCausalLM, PreTrainedTokenizerFast
+from PIL import Image
+from transformers import AutoTokenizer, Llama4ForConditionalGeneration, PreTrainedTokenizerFast
+
+from checkpoints.pictures import PICTURE_TASKS, picture_example
+from checkpoints.tasks import TASKS, Example
+from checkpoints.tiny_batches import Encoder
+from checkpoints.tiny_eval import answers, expert_load, prompt_ids
+from engine.image_spec import ImageSpec
 
 TINY = Path(__file__).resolve().parents[2] / "checkpoints" / "tiny"
-TASKS = {"addition", "subtraction", "copy", "reverse", "recall", "letters", "weekday"}
 MAX_BYTES = 12_000_000
 PER_TASK = 10
 
 
 @pytest.fixture(scope="module")
-def loaded() -> tuple[Llama4ForCausalLM, dict]:
-    """The text model in float32 with what transformers says about loading it."""
-    model, info = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32, output_loading_info=True)
+def loaded() -> tuple[Llama4ForConditionalGeneration, dict]:
+    """The model in float32 with what transformers says about loading it."""
+    model, info = Llama4ForConditionalGeneration.from_pretrained(TINY, dtype=torch.float32, output_loading_info=True)
     return model.eval(), info
 
 
 @pytest.fixture(scope="module")
-def model(loaded: tuple[Llama4ForCausalLM, dict]) -> Llama4ForCausalLM:
+def model(loaded: tuple[Llama4ForConditionalGeneration, dict]) -> Llama4ForConditionalGeneration:
     return loaded[0]
 
 
@@ -34,12 +42,20 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="module")
-def questions() -> dict[str, list[dict[str, str]]]:
+def spec() -> ImageSpec:
+    spec = ImageSpec.from_dir(TINY)
+    assert spec is not None
+    return spec
+
+
+@pytest.fixture(scope="module")
+def questions() -> dict[str, list[Example]]:
     """The evaluation set by task."""
-    by_task: dict[str, list[dict[str, str]]] = defaultdict(list)
+    by_task: dict[str, list[Example]] = defaultdict(list)
     for line in (TINY / "eval.jsonl").read_text(encoding="utf-8").splitlines():
-        question = json.loads(line)
-        by_task[question["task"]].append(question)
+        item = json.loads(line)
+        pictures = [Image.open(io.BytesIO(base64.b64decode(png, validate=True))) for png in item.get("images", ())]
+        by_task[item["task"]].append(picture_example(item["task"], item["prompt"], item["answer"], *pictures))
     return by_task
 
 
@@ -49,7 +65,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> torch.
     return torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])
 
 
-def greedy(model: Llama4ForCausalLM, tokenizer: PreTrainedTokenizerFast, ids_1L: torch.Tensor) -> str:
+def greedy(model: Llama4ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast, ids_1L: torch.Tensor) -> str:
     """The model's answer without special tokens; it must end its turn by itself."""
     with torch.inference_mode():
         output_1L = model.generate(ids_1L, attention_mask=torch.ones_like(ids_1L), do_sample=False, max_new_tokens=16)
@@ -57,12 +73,11 @@ def greedy(model: Llama4ForCausalLM, tokenizer: PreTrainedTokenizerFast, ids_1L:
     return tokenizer.decode(output_1L[0, ids_1L.shape[1] :], skip_special_tokens=True).strip()
 
 
-def test_reloads_without_missing_weights(loaded: tuple[Llama4ForCausalLM, dict]) -> None:
-    model, info = loaded
-    assert isinstance(model, Llama4ForCausalLM)
+def test_reloads_without_missing_weights(loaded: tuple[Llama4ForConditionalGeneration, dict]) -> None:
+    _, info = loaded
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
-    assert all(name.startswith(("vision_model.", "multi_modal_projector.")) for name in info["unexpected_keys"])
+    assert not info["unexpected_keys"]
 
 
 def test_is_small_and_sharded() -> None:
@@ -73,8 +88,8 @@ def test_is_small_and_sharded() -> None:
     assert all((TINY / shard).is_file() for shard in shards)
 
 
-def test_has_every_kind_of_llama4_layer(model: Llama4ForCausalLM) -> None:
-    config = model.config
+def test_has_every_kind_of_llama4_layer(model: Llama4ForConditionalGeneration) -> None:
+    config = model.config.text_config
     assert config.num_local_experts == 16
     assert config.num_experts_per_tok == 1
     assert 0 < len(config.moe_layers) < config.num_hidden_layers
@@ -132,29 +147,34 @@ def test_chat_template_lists_tools_and_calls(tokenizer: PreTrainedTokenizerFast)
     assert '<|python_start|>{"name": "clock", "parameters": {"zone": "UTC"}}<|python_end|>' in assistant
 
 
-def test_evaluation_set(questions: dict[str, list[dict[str, str]]]) -> None:
-    assert set(questions) == TASKS
-    for group in questions.values():
-        assert len({question["prompt"] for question in group}) == len(group) >= 20
+def test_evaluation_set(questions: dict[str, list[Example]]) -> None:
+    assert set(questions) == {*TASKS, *PICTURE_TASKS}
+    for task, group in questions.items():
+        assert len({(question.key, question.prompt) for question in group}) == len(group) >= 20
+        assert [len(question.pictures) for question in group] == [
+            {"compare": 2}.get(task, task in PICTURE_TASKS)
+        ] * len(group)
 
 
-@pytest.mark.parametrize("task", sorted(TASKS))
+def test_stored_pictures_were_never_trained_on(questions: dict[str, list[Example]]) -> None:
+    """PNG keeps the pixels, so the side of the split can be told from what is stored."""
+    assert all(question.held_out for task in PICTURE_TASKS for question in questions[task])
+
+
+@pytest.mark.parametrize("task", [*TASKS, *PICTURE_TASKS])
 def test_answers(
-    model: Llama4ForCausalLM,
+    model: Llama4ForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
-    questions: dict[str, list[dict[str, str]]],
+    spec: ImageSpec,
+    questions: dict[str, list[Example]],
     task: str,
 ) -> None:
     asked = questions[task][:PER_TASK]
-    right = sum(
-        greedy(model, tokenizer, chat_ids(tokenizer, [{"role": "user", "content": question["prompt"]}]))
-        == question["answer"]
-        for question in asked
-    )
+    right = sum(text == question.answer for question, text in answers(model, tokenizer, spec, asked))
     assert right >= len(asked) - 1
 
 
-def test_conversation_and_completion(model: Llama4ForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+def test_conversation_and_completion(model: Llama4ForConditionalGeneration, tokenizer: PreTrainedTokenizerFast) -> None:
     messages = [
         {"role": "system", "content": "You are a helpful assistant."},
         {"role": "user", "content": "17+25="},
@@ -166,15 +186,26 @@ def test_conversation_and_completion(model: Llama4ForCausalLM, tokenizer: PreTra
 
 
 def test_every_expert_is_used(
-    model: Llama4ForCausalLM, tokenizer: PreTrainedTokenizerFast, questions: dict[str, list[dict[str, str]]]
+    model: Llama4ForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    spec: ImageSpec,
+    questions: dict[str, list[Example]],
 ) -> None:
-    counts_LE = torch.zeros(len(model.config.moe_layers), model.config.num_local_experts)
-    for group in questions.values():
-        for question in group[:30]:
-            ids_1L = chat_ids(tokenizer, [{"role": "user", "content": question["prompt"]}])
-            with torch.inference_mode():
-                output = model(input_ids=ids_1L, use_cache=False, output_router_logits=True)
-            for row, logits_TE in enumerate(output.router_logits):
-                counts_LE[row] += logits_TE.argmax(-1).bincount(minlength=counts_LE.shape[1])
-    share_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
-    assert share_LE.min() >= 0.005
+    asked = [question for group in questions.values() for question in group[:30]]
+    loads = expert_load(model, tokenizer, spec, asked)
+    assert min(share for shares in loads.values() for share in shares) >= 0.005
+
+
+@pytest.mark.parametrize("task", ["addition", "digit", "compare"])
+def test_training_samples_are_what_the_chat_template_writes(
+    tokenizer: PreTrainedTokenizerFast, spec: ImageSpec, questions: dict[str, list[Example]], task: str
+) -> None:
+    encoder = Encoder(tokenizer, spec)
+    for question in questions[task][:20]:
+        sample = encoder.conversation([question])
+        asked = prompt_ids(tokenizer, spec, question)
+        assert sample.ids[: len(asked)] == asked
+        assert sample.answered == [False] * len(asked) + [True] * (len(sample.ids) - len(asked))
+        assert tokenizer.decode(sample.ids[len(asked) :]) == question.answer + "<|eot|>"
+        patches = sum(len(tiles_NCHW) for tiles_NCHW in sample.tiles_NCHW) * spec.tokens_per_tile
+        assert sample.ids.count(spec.patch_token_id) == patches

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import psutil
 import pytest
+import ray
 from ray.util.state import list_actors
 
 from actors.deployment import Deployment
@@ -94,7 +95,8 @@ def test_two_in_a_row(deployment, control, expected):
 
 @pytest.mark.parametrize("kind", ["ServeReplica:herder:gateway", "ProxyActor"])
 def test_what_clients_are_connected_to_is_killed(deployment, control, expected, kind):
-    (pid,) = [actor.pid for actor in list_actors() if actor.class_name == kind and actor.state == "ALIVE"]
+    actors = list_actors(address=ray.get_runtime_context().gcs_address)
+    (pid,) = [actor.pid for actor in actors if actor.class_name == kind and actor.state == "ALIVE"]
     before = {name: actor.pid for name, actor in control.actors().items()}
     streams: dict[int, Stream] = {}
 
