@@ -44,11 +44,12 @@ def channel(tiny: Deployment) -> Iterator[grpc.Channel]:
 
 
 def eval_questions(per_task: int) -> list[dict[str, str]]:
-    """The first questions of each task of the held-out set."""
+    """The first questions of each task of the held-out set that shows no images."""
     by_task: dict[str, list[dict[str, str]]] = {}
     for line in (TINY / "eval.jsonl").read_text().splitlines():
         question = json.loads(line)
-        by_task.setdefault(question["task"], []).append(question)
+        if "images" not in question:
+            by_task.setdefault(question["task"], []).append(question)
     return [question for questions in by_task.values() for question in questions[:per_task]]
 
 
