@@ -24,7 +24,7 @@ serve: setup
 	$(BIN)/herder serve $(CONFIG)
 
 # Two at a time: one runs the deployments of tests/e2e, one after the other, and the other all the rest.
-pytest = $(BIN)/python -m pytest -n 2 --dist loadgroup
+pytest = $(BIN)/python -m pytest -n 2
 
 test: setup
 	$(pytest)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,22 +12,9 @@ import pytest
 from actors.deployment import Deployment, launch
 from cluster.config import load_config
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).parents[2]
 TINY = ROOT / "checkpoints" / "tiny"
 CONFIG = ROOT / "configs" / "tiny_cpu.yaml"
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several workers (pytest-xdist), one runs all of these in order, since they share the machine's Ray.
-
-    They come first, because they take longest.
-    """
-    ours = [item for item in items if item.path.is_relative_to(HERE)]
-    for item in ours:
-        item.add_marker(pytest.mark.xdist_group("e2e"))
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: not item.path.is_relative_to(HERE))
 
 
 def free_port() -> int:
