@@ -9,7 +9,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from cli.report import table
+from cli.report import named_lines, table
 from cluster.model_shape import Precision
 from cluster.plan_report import DeploymentPlan, LayoutReport, NodeReport, RoleReport
 from cluster.plan_units import count, flops, size
@@ -91,7 +91,7 @@ def _facts(plan: DeploymentPlan) -> Table:
             f"{size(plan.transfer.bytes_per_token_and_layer)} per token and MoE layer, there and back; "
             f"{size(plan.transfer.bytes_per_token)} per token"
         )
-    return _grid(rows)
+    return named_lines(rows)
 
 
 def _kv(plan: DeploymentPlan) -> Group:
@@ -138,7 +138,7 @@ def _hardware(plan: DeploymentPlan) -> Table:
         rows["room for"] = f"{_several(layout.sequences, 'sequence')} of {plan.context:,} tokens"
     if plan.misfit:
         rows["does not fit"] = plan.misfit
-    return _grid(rows)
+    return named_lines(rows)
 
 
 def _role(role: RoleReport) -> str:
@@ -181,7 +181,7 @@ def _notes(plan: DeploymentPlan) -> Table:
     bound = f"an expert is bound by compute from {speed.compute_bound_rows:,.0f} rows on"
     if speed.compute_bound_batch:
         bound += f", which a batch of {speed.compute_bound_batch:,} brings"
-    return _grid(
+    return named_lines(
         {
             "roofline": f"{size(machine.bandwidth)}/s, {machine.flops_per_s / 1e12:g} TFLOP/s a device: " + bound,
             "assumed": "\n".join(plan.assumptions),
@@ -192,12 +192,3 @@ def _notes(plan: DeploymentPlan) -> Table:
 
 def _several(number: int, what: str) -> str:
     return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
-
-
-def _grid(rows: dict[str, str]) -> Table:
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, text in rows.items():
-        grid.add_row(name, text)
-    return grid

@@ -47,6 +47,16 @@ def table(*columns: str, title: str | None = None) -> Table:
     return result
 
 
+def named_lines(rows: dict[str, str]) -> Table:
+    """Texts under each other, each behind its name; long ones are folded."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, text in rows.items():
+        grid.add_row(name, text)
+    return grid
+
+
 def verb(function: Callable[P, R]) -> Callable[P, R]:
     """Turns the faults of a command into a sentence on stderr and an exit code."""
 

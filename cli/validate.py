@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cli.report import out, verb
+from cli.report import named_lines, out, verb
 from cluster.checkpoint_shape import text_shape
 from cluster.plan_units import count
 
@@ -70,12 +70,7 @@ def summary(plan: Plan) -> Table:
         "gRPC": f"{config.gateway.host}:{config.gateway.grpc_port}, {config.gateway.grpc.mode}"
         + (" with TLS" if config.gateway.grpc.tls else ""),
     }
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(style="bold", no_wrap=True)
-    grid.add_column(overflow="fold")
-    for name, text in rows.items():
-        grid.add_row(name, text)
-    return grid
+    return named_lines(rows)
 
 
 def images(spec: ImageSpec, vision: VisionConfig) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -106,8 +106,7 @@ def load_decoder(
 ) -> Decoder:
     """The decoder with its weights. `on_progress` gets the checkpoint's bytes that are read, and their total."""
     decoder = Decoder(config, dtype, device)
-    parts = [_Part(checkpoint.find(name, tensor.shape), None, tensor) for name, tensor in decoder.tensors()]
-    _copy(parts, on_progress)
+    _copy(_whole(checkpoint, decoder.tensors()), on_progress)
     return decoder
 
 
@@ -136,9 +135,12 @@ def load_vision(
 ) -> VisionEncoder:
     """The image encoder with its weights. `on_progress` gets the checkpoint's bytes that are read, and their total."""
     encoder = VisionEncoder(config, dtype, device)
-    parts = [_Part(checkpoint.find(name, tensor.shape), None, tensor) for name, tensor in encoder.tensors()]
-    _copy(parts, on_progress)
+    _copy(_whole(checkpoint, encoder.tensors()), on_progress)
     return encoder
+
+
+def _whole(checkpoint: Checkpoint, tensors: Iterable[tuple[str, Tensor]]) -> list[_Part]:
+    return [_Part(checkpoint.find(name, tensor.shape), None, tensor) for name, tensor in tensors]
 
 
 @dataclass(frozen=True, slots=True)
