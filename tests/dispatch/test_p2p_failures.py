@@ -61,7 +61,7 @@ def test_a_killed_or_stopped_server(servers: Servers, expert_map: ExpertMap, sig
         start = time.monotonic()
         y_TKD, wanted_TKD, ids_TK = ask(rank, seed=1)
         took = time.monotonic() - start
-        assert took < 1.5 and (signal_number == signal.SIGKILL or took >= 0.5)
+        assert took < 10 and (signal_number == signal.SIGKILL or took >= 0.5)
         assert [(slot, life) for slot, life, _ in rank.losses] == [(0, address.incarnation)]
         if expert_map is BOTH:
             assert torch.equal(y_TKD, wanted_TKD) and rank.dispatcher.take_lost(24) == frozenset()
@@ -170,14 +170,14 @@ def test_experts_that_raise_count_as_lost(servers: Servers, caplog: pytest.LogCa
 
 
 def test_a_stopped_server_does_not_hold_up_the_engine(servers: Servers) -> None:
-    rank = Attention(0, connect_timeout_s=0.5)
+    rank = Attention(0, connect_timeout_s=1)
     with process(0, BOTH) as (pid, address):
         os.kill(pid, signal.SIGSTOP)
         topology = Topology(BOTH, {0: address, 1: servers.start(1, BOTH)}, SECRET)
         installed = rank.gate.adopt(topology)
         start = time.monotonic()
         rank.gate.begin(0, leaving=False)
-        assert time.monotonic() - start < 0.1
+        assert time.monotonic() - start < 0.5
         rank.gate.wait()
         assert rank.gate.begin(0, leaving=False).renewed and installed.done()
         assert set(rank.dispatcher.connected) == {1}

@@ -29,7 +29,6 @@ STOPPED = RequestError(ErrorCode.UNAVAILABLE, "the engine stopped: a member is g
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_client, "_FIRST_PAUSE_S", 0.002)
-    monkeypatch.setattr(ray_client, "_BUSY_TIMEOUT_S", 0.3)
     monkeypatch.setattr(engine_links, "_FIRST_RETRY_S", 0.002)
 
 
@@ -224,16 +223,18 @@ async def test_a_full_engine_is_asked_again(pair, a, b):
     assert stream.tokens == [5, 6]
 
 
-@pytest.mark.parametrize("deadline_s", [None, 0.1])
-async def test_an_engine_that_stays_full(pair, a, b, deadline_s):
-    deadline = None if deadline_s is None else time.time() + deadline_s
+@pytest.mark.parametrize(("deadline_s", "busy_s"), [(None, 0.3), (0.5, 30.0)])
+async def test_an_engine_that_stays_full(pair, a, b, deadline_s, busy_s, monkeypatch):
+    monkeypatch.setattr(ray_client, "_BUSY_TIMEOUT_S", busy_s)
+    start = time.time()
+    deadline = None if deadline_s is None else start + deadline_s
     stream = await begin(pair, a, request("one", deadline=deadline), 5)
-    b.rejection, start = FULL, time.monotonic()
+    b.rejection = FULL
     a.die()
-    end = await stream.end()
+    end = await stream.end()  # within 10 seconds
     assert end.error.retryable and end.error.code is ErrorCode.UNAVAILABLE and "a died" in end.error.message
-    assert (time.monotonic() - start < 0.25) == (deadline_s is not None)
-    assert 3 < len(b.calls) < 60
+    assert time.time() - start >= (deadline_s or busy_s) - 0.01
+    assert 3 < len(b.calls)
 
 
 async def test_an_answer_waits_for_an_engine_to_come(a):
