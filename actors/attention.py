@@ -12,26 +12,33 @@ from typing import Any
 import ray
 from numpy.typing import NDArray
 
+from actors.dashboard import StateShown, call_in_state
 from actors.embeddings import to_tensor
 from actors.member import Layout, Member, log
 from actors.model_info import ModelInfo
 from actors.outbox import Outbox
+from actors.ray_metrics import RayMetrics, report_engine, report_regularly, report_transport
 from actors.status import ActorStatus
+from actors.timed_dispatcher import TimedDispatcher
 from cluster.config import DeploymentConfig
 from cluster.kv_pools import pool_pages
 from cluster.live import LiveSettings
+from dispatch.all_to_all import DispatchStats
 from dispatch.collective import CollectiveGate, Epoch
+from dispatch.faults import Fault, Faults
 from dispatch.p2p import P2PDispatcher
 from dispatch.p2p_gate import P2PGate
 from dispatch.topology import Topology
 from engine.engine import Engine, StepGate
 from engine.grammar import Grammars
 from engine.image_spec import ImageSpec
+from engine.micro_batching import MicroBatching
 from engine.pages import LayerGroup, LayerKind, PageAllocator
 from engine.patches import PromptPatches
-from engine.request import EngineLoad, Request, RequestOutput, RequestRejected
+from engine.request import EngineLoad, ExpertSeconds, Request, RequestOutput, RequestRejected
 from engine.scheduler import Limits, Scheduler
 from engine.step import Stepper
+from engine.timeline import Timelines
 from llama4.config import TextConfig
 from llama4.decoder import Decoder
 from llama4.kv_pages import KVPages
@@ -75,7 +82,11 @@ class AttentionActor:
         self._view: Topology | Epoch | None = None
         self._layout: Layout | None = None
         self._sweeper: asyncio.Task[None] | None = None
+        self._metrics = RayMetrics()
+        self._timed: TimedDispatcher | None = None
+        self._reporter: asyncio.Task[None] | None = None
         self._heard: dict[str, float] = {}  # gateway → when it last said that it lives
+        self._shown = StateShown(self._state, call_in_state)
 
     async def load(self) -> None:
         """Reads everything but the routed experts; raises CheckpointError."""
@@ -104,6 +115,7 @@ class AttentionActor:
             collective = self._gate = CollectiveGate(member.form_group, member.tell_group_broken)
             self._engine = self._make_engine(self._decoder, collective, collective, self._outbox)
         self._sweeper = asyncio.create_task(self._end_silent_gateways(self._outbox))
+        self._reporter = asyncio.create_task(report_regularly(self._report_metrics))
         member.start(self._run)
 
     def _run(self) -> None:
@@ -125,7 +137,23 @@ class AttentionActor:
             clock=time.time,
         )
         max_context = self._config.model.max_context or self._text_config.max_position_embeddings
-        return Engine(scheduler, Stepper(decoder, kv, dispatcher, max_context), gate, outbox.deliver)
+        self._timed = TimedDispatcher(dispatcher)
+        micro_batching = MicroBatching(self._config.transport.micro_batches if self._p2p is not None else 1)
+        stepper = Stepper(decoder, kv, self._timed, max_context, micro_batching)
+        timed = self._timed
+        timelines = Timelines(time.time, lambda: ExpertSeconds(timed.dispatch_s, timed.combine_s))
+        return Engine(scheduler, stepper, gate, outbox.deliver, timelines=timelines)
+
+    def _report_metrics(self) -> None:
+        assert self._engine is not None and self._timed is not None
+        report_engine(self._metrics, self._member.name, self._engine.load())
+        report_transport(self._metrics, self._member.name, self._timed, self._transport_stats())
+
+    def _transport_stats(self) -> DispatchStats:
+        if self._p2p is not None:
+            return self._p2p.stats
+        assert isinstance(self._gate, CollectiveGate), "start comes first"
+        return self._gate.stats or DispatchStats()  # nothing before the first epoch
 
     async def adopt(self, view: Topology | Epoch, layout: Layout) -> None:
         """Goes over to this topology (p2p) or epoch (collective) between two steps; returns when that is done.
@@ -206,6 +234,16 @@ class AttentionActor:
         if self._engine is not None:
             self._engine.limit_waiting(live.max_waiting)
 
+    async def go_wrong(self, script: Sequence[Fault]) -> bool:
+        """For drills: lets these befall the rows that it sends, instead of what was asked for before.
+
+        Returns False with collectives, which have no messages of their own.
+        """
+        if self._p2p is None:
+            return False
+        self._p2p.faults = Faults(script, "attention", self._member.number)
+        return True
+
     async def leave(self) -> None:
         """Ends the engine; requests under way fail as retryable."""
         if self._engine is not None and self._gate is not None:
@@ -228,8 +266,18 @@ class AttentionActor:
             self._layout,
         )
 
+    # ---- for Ray's dashboard
+
+    def _state(self) -> str:
+        epoch = "no epoch yet" if self._view is None else f"epoch {self._view.expert_map.epoch}"
+        return f"{self._member.name}: {self._member.state}, {epoch}"
+
+    async def in_state(self, words: str) -> None:
+        """Lasts as long as the state does: see actors/dashboard.py."""
+        await self._shown.until_not(words)
+
     def __repr__(self) -> str:
-        return f"attention(rank {self._member.number}, {self._member.state})"
+        return f"attention(rank {self._member.number}, {self._member.device})"
 
 
 def layer_groups(config: DeploymentConfig, text_config: TextConfig) -> dict[LayerKind, LayerGroup]:

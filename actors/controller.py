@@ -22,9 +22,12 @@ from ray.actor import ActorHandle
 
 from actors.adoption import adopt
 from actors.attention import AttentionReport
+from actors.dashboard import StateShown, call_in_state
 from actors.elastic import Elastic
 from actors.expert import ExpertReport
 from actors.fleet import Fleet
+from actors.logs import set_up_logs
+from actors.ray_metrics import RayMetrics, report_cluster, report_regularly
 from actors.repair import Repair
 from actors.seats import Seat, nodes_of, reserve_first
 from actors.status import ActorStatus, ClusterStatus, EngineHandle
@@ -39,6 +42,7 @@ from llama4.config import TextConfig
 log = logging.getLogger("herder")
 
 _REPORT_TIMEOUT_S = 5.0
+_UNPLACED_TIMEOUT_S = 0.5  # of an actor that may still wait for a node
 _LEAVE_TIMEOUT_S = 10.0
 _POLL_S = 30.0  # of a gateway that waits for other engines
 
@@ -48,15 +52,18 @@ class Controller:
     """One for each deployment, under the name `controller` in Herder's Ray namespace."""
 
     def __init__(self, config: DeploymentConfig) -> None:
-        logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        set_up_logs(config.log_level, config.log_format)
         self._config = config
         self._fleet = Fleet(config, self._plan())
         self._repair = Repair(self._fleet)
         self._elastic = Elastic(self._fleet, self._repair)
         self._phase = "starting"
         self._balancing: asyncio.Task[None] | None = None
+        self._metrics = RayMetrics()
+        self._reporting: asyncio.Task[None] | None = None
         self._adopted: asyncio.Task[None] | None = None
         self._started: asyncio.Task[None] | None = None
+        self._shown = StateShown(self._state, call_in_state)
         if ray.get_runtime_context().was_current_actor_reconstructed:
             self._phase = "coming back"
             self._adopted = asyncio.get_event_loop().create_task(self._adopt())
@@ -102,6 +109,7 @@ class Controller:
             if seat.serving:
                 self._repair.watch(seat)
         self._balancing = asyncio.create_task(self._elastic.run())
+        self._reporting = asyncio.create_task(report_regularly(self._report_metrics))
         self._phase = "ready"
 
     async def _adopt(self) -> None:
@@ -146,7 +154,7 @@ class Controller:
         """Ends the engines, then the actors, then their reservations."""
         self._phase = "stopping"
         self._repair.stop()
-        for task in (self._balancing, self._adopted, self._started):
+        for task in (self._balancing, self._reporting, self._adopted, self._started):
             if task is not None:
                 task.cancel()
         serving = [seat.handle for seat in self._fleet.seats() if seat.serving]
@@ -257,12 +265,19 @@ class Controller:
                 for layer in fleet.holdings.layers
             },
             placement=dict(fleet.holdings.holders),
-            balancedness=0.0 if self._config.balance.mode == "off" else elastic.balance.total,
+            balancedness=self._balancedness(),
             balancedness_before=elastic.balance_before,
             seconds_since_move=elastic.seconds_since_move,
             balance_mode=self._config.balance.mode,
             failovers=fleet.failovers,
         )
+
+    def _report_metrics(self) -> None:
+        fleet = self._fleet
+        report_cluster(self._metrics, not self._reason(), max(fleet.epoch, 0), fleet.failovers, self._balancedness())
+
+    def _balancedness(self) -> float:
+        return 0.0 if self._config.balance.mode == "off" else self._elastic.balance.total
 
     def _reason(self) -> str:
         """Why a request sent now would not be answered soon; empty when it would."""
@@ -287,8 +302,18 @@ class Controller:
             rss_bytes=psutil.Process().memory_info().rss,
         )
 
+    # ---- for Ray's dashboard
+
+    def _state(self) -> str:
+        reason = self._reason()
+        return f"{CONTROLLER}: {f'not ready: {reason}' if reason else f'ready, epoch {self._fleet.epoch}'}"
+
+    async def in_state(self, words: str) -> None:
+        """Lasts as long as the state does: see actors/dashboard.py."""
+        await self._shown.until_not(words)
+
     def __repr__(self) -> str:
-        return f"controller({self._config.model.served_name}, epoch {self._fleet.epoch}, {self._phase})"
+        return f"controller({self._config.model.served_name})"
 
 
 async def _all(*waiting: Awaitable[object]) -> None:
@@ -305,7 +330,9 @@ async def _within(ref: Awaitable[Any], seconds: float = _REPORT_TIMEOUT_S) -> An
 
 
 async def _report(seat: Seat) -> AttentionReport | ExpertReport | None:
-    return None if seat.actor is None else await _within(seat.handle.report.remote())
+    if seat.actor is None:
+        return None
+    return await _within(seat.handle.report.remote(), _REPORT_TIMEOUT_S if seat.serving else _UNPLACED_TIMEOUT_S)
 
 
 def _status(seat: Seat, report: AttentionReport | ExpertReport | None) -> ActorStatus:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from actors.gateway import build_app
 from actors.ray_client import RayEngineClient
 from actors.vision import build_vision, check_room
 from cluster.config import DeploymentConfig
-from cluster.launch import CONTROLLER, connect
+from cluster.launch import AT_HEAD, CONTROLLER, connect
 from cluster.manifests_serve import APP_NAME, GRPC_SERVICER_FUNCTIONS
 from llama4.config import TextConfig
 
@@ -48,7 +48,7 @@ class Deployment:
         while True:
             time.sleep(_ASK_EVERY_S)
             try:
-                ray.get(self._controller.progress.remote(), timeout=_ASK_EVERY_S)
+                ray.get(self._controller.config.remote(), timeout=_ASK_EVERY_S)  # which asks nobody else
                 answered = time.monotonic()
             except (RayError, TimeoutError) as error:  # a controller that died comes back
                 if time.monotonic() - answered > _GONE_S:
@@ -79,7 +79,8 @@ def launch(config: DeploymentConfig, address: str | None = None, on_progress: Pr
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     connect(config, address)
-    controller = Controller.options(name=CONTROLLER, lifetime="detached").remote(config)
+    # Beside Serve's proxy, so that no other machine's death takes them along.
+    controller = Controller.options(name=CONTROLLER, lifetime="detached", resources=AT_HEAD).remote(config)
     serving = False
     try:
         started = controller.start.remote()
@@ -119,7 +120,8 @@ def _serve(config: DeploymentConfig) -> None:
         grpc_options = {"port": gateway.grpc_port, "grpc_servicer_functions": list(GRPC_SERVICER_FUNCTIONS)}
     serve.start(http_options={"host": gateway.host, "port": gateway.http_port}, grpc_options=grpc_options)
     check_room(config)
-    serve.run(application(config, connect_to_engines(config)), name=APP_NAME, route_prefix="/")
+    app = application(config, connect_to_engines(config), gateways_at=AT_HEAD)
+    serve.run(app, name=APP_NAME, route_prefix="/")
 
 
 def connect_to_engines(config: DeploymentConfig) -> Connect:
@@ -130,8 +132,10 @@ def connect_to_engines(config: DeploymentConfig) -> Connect:
     return partial(RayEngineClient.connect, build_vision(config), config.vision.cache_bytes, config.placement_timeout_s)
 
 
-def application(config: DeploymentConfig, connect: Connect) -> serve.Application:
-    """Gateways and, through `connect`, whatever else Serve is to run.
+def application(
+    config: DeploymentConfig, connect: Connect, gateways_at: Mapping[str, float] | None = None
+) -> serve.Application:
+    """Gateways, on nodes with these resources, and, through `connect`, whatever else Serve is to run.
 
     Raises:
         ValueError: the checkpoint is broken.
@@ -146,6 +150,10 @@ def application(config: DeploymentConfig, connect: Connect) -> serve.Application
         connect,
         vision=config.vision,
         log_level=config.log_level,
+        resources=gateways_at,
+        log_format=config.log_format,
+        log_prompts=config.log_prompts,
+        tracing=config.tracing,
     )
 
 

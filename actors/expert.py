@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from actors.dashboard import StateShown, call_in_state, held_in_words
 from actors.member import Member, log
+from actors.ray_metrics import RayMetrics, report_regularly, report_rows
 from actors.status import ActorStatus
 from cluster.config import DeploymentConfig
 from cluster.live import LiveSettings
 from dispatch.collective import CollectiveServer, Epoch
 from dispatch.expert_server import ExpertServer
+from dispatch.faults import Fault, Faults
 from dispatch.topology import SlotAddress
 from llama4.config import TextConfig
 from llama4.moe import Experts
@@ -53,6 +56,10 @@ class ExpertActor:
         self._dtype = choose_dtype(self._member.device, config.model.dtype)
         self._experts = self._empty({})
         self._server: ExpertServer | CollectiveServer | None = None
+        self._epoch: int | None = None  # the newest that it was told
+        self._shown = StateShown(self._state, call_in_state)
+        self._metrics = RayMetrics()
+        self._reporter: asyncio.Task[None] | None = None
 
     def _empty(self, held: Held) -> Experts:
         return Experts(self._text_config, held, self._dtype, self._member.device)
@@ -128,6 +135,7 @@ class ExpertActor:
     async def serve(self, secret: bytes) -> SlotAddress | None:
         """Begins to serve; gives the address to send rows to, if the transport has addresses."""
         member, width = self._member, self._text_config.hidden_size
+        self._reporter = asyncio.create_task(report_regularly(self._report_metrics))
         if member.config.transport_kind == "p2p":
             server = ExpertServer(self._experts, self._slot, width, self._dtype, secret, member.node_ip)
             self._server = server
@@ -143,16 +151,28 @@ class ExpertActor:
     async def allow(self, held: Held, min_epoch: int) -> None:
         """p2p: rows for these experts are served, from this epoch on; others are refused."""
         assert isinstance(self._server, ExpertServer), "serve comes first"
+        self._epoch = min_epoch
         self._server.allow({layer: tuple(experts) for layer, experts in held.items()}, min_epoch)
 
     async def adopt(self, epoch: Epoch) -> None:
         """Collective transport: enters this epoch; returns when its group is formed. Raises GroupBroken."""
         assert isinstance(self._server, CollectiveServer), "serve comes first"
+        self._epoch = epoch.expert_map.epoch
         await asyncio.wrap_future(self._server.adopt(epoch))
 
     async def reconfigure(self, live: LiveSettings) -> None:
         """Takes over what may change while it serves."""
         logging.getLogger().setLevel(live.log_level)
+
+    async def go_wrong(self, script: Sequence[Fault]) -> bool:
+        """For drills: lets these befall its answers, instead of what was asked for before.
+
+        Returns False with collectives, which have no messages of their own.
+        """
+        if not isinstance(self._server, ExpertServer):
+            return False
+        self._server.faults = Faults(script, "expert", self._slot)
+        return True
 
     async def leave(self) -> None:
         """Stops serving."""
@@ -178,6 +198,9 @@ class ExpertActor:
             server.address if isinstance(server, ExpertServer) else None,
         )
 
+    def _report_metrics(self) -> None:
+        report_rows(self._metrics, self._slot, self._rows(), self._experts.held)
+
     def _rows(self) -> dict[int, tuple[int, ...]]:
         server, num_experts = self._server, self._text_config.num_local_experts
         if isinstance(server, ExpertServer):
@@ -187,9 +210,18 @@ class ExpertActor:
             return {}
         return {layer: tuple(rows_E.tolist()) for layer, rows_E in server.stats.rows_E.items()}
 
+    # ---- for Ray's dashboard
+
+    def _state(self) -> str:
+        epoch = "no epoch yet" if self._epoch is None else f"epoch {self._epoch}"
+        return f"{self._member.name}: {self._member.state}, {epoch}, {held_in_words(self._experts.held)}"
+
+    async def in_state(self, words: str) -> None:
+        """Lasts as long as the state does: see actors/dashboard.py."""
+        await self._shown.until_not(words)
+
     def __repr__(self) -> str:
-        held = sum(len(experts) for experts in self._experts.held.values())
-        return f"expert(slot {self._slot}, {held} experts, {self._member.state})"
+        return f"expert(slot {self._slot}, {self._member.device})"
 
 
 def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:

@@ -4,10 +4,12 @@ the replica's own (actors/grpc_server.py).
 
 from __future__ import annotations
 
+import asyncio
 import importlib.metadata
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
+from typing import Literal
 
 from fastapi import FastAPI
 from ray import serve
@@ -15,17 +17,22 @@ from ray import serve
 from actors import grpc_server
 from actors.api_keys import ApiKeys, read_keys
 from actors.client import EngineClient
+from actors.current_span import start_tracing
 from actors.gateway_core import GatewayCore
 from actors.http_api import build_http_app
 from actors.image_fetch import ImageFetcher
 from actors.image_hosts import HostRules
 from actors.image_prompt import ImagePrompts
+from actors.logs import set_up_logs
 from actors.model_info import ModelInfo
-from cluster.config import GatewayConfig, VisionConfig
+from actors.ray_metrics import RayMetrics
+from cluster.config import GatewayConfig, TracingConfig, VisionConfig
 from engine.image_spec import ImageSpec
 from engine.tokenizer import Tokenizer
 
 log = logging.getLogger("herder")
+
+_NO_TRACES = TracingConfig()
 
 
 @serve.ingress()
@@ -45,14 +52,19 @@ class Gateway(grpc_server.Servicers):
         keys: ApiKeys,
         connect: Callable[[], Awaitable[EngineClient]],
         log_level: str,
+        log_format: Literal["text", "json"],
+        log_prompts: bool,
+        tracing: TracingConfig,
     ) -> None:
         """`connect` reaches the engines; it is called once, in the replica."""
-        logging.basicConfig(level=log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        set_up_logs(log_level, log_format)
         model = ModelInfo.from_dir(model_path, served_name, max_context, created=int(time.time()))
         tokenizer = Tokenizer.from_dir(model_path)
         spec = ImageSpec.from_dir(model_path)
         images = None if spec is None else ImagePrompts(spec, vision, ImageFetcher(vision))
-        self.core = GatewayCore(await connect(), tokenizer, model, importlib.metadata.version("herder"), images)
+        version = importlib.metadata.version("herder")
+        spans = start_tracing(tracing, "gateway")
+        self.core = GatewayCore(await connect(), tokenizer, model, version, images, RayMetrics(), spans, log_prompts)
         self.keys = keys
         self.max_message_bytes = config.max_body_bytes
         self._standalone: grpc_server.GrpcServer | None = None
@@ -76,6 +88,8 @@ class Gateway(grpc_server.Servicers):
     async def __del__(self) -> None:  # Serve awaits it, before it ends the replica
         if self._standalone is not None:
             await self._standalone.stop()
+        if self.core.tracing is not None:
+            await asyncio.to_thread(self.core.tracing.close)
 
 
 def build_app(
@@ -86,8 +100,12 @@ def build_app(
     connect: Callable[[], Awaitable[EngineClient]],
     vision: VisionConfig,
     log_level: str = "INFO",
+    resources: Mapping[str, float] | None = None,
+    log_format: Literal["text", "json"] = "text",
+    log_prompts: bool = False,
+    tracing: TracingConfig = _NO_TRACES,
 ) -> serve.Application:
-    """The Serve application, for `serve.run`. `connect` has to pickle.
+    """The Serve application, for `serve.run`. `connect` has to pickle; `resources` are what each replica reserves.
 
     Raises ValueError for a broken checkpoint, ConfigError for a file of API keys or for URL hosts that cannot be used.
     """
@@ -99,6 +117,8 @@ def build_app(
         name="gateway",
         num_replicas=config.replicas,
         max_ongoing_requests=config.max_ongoing_requests,
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": 0, "resources": dict(resources or {})},
     )
-    return deployment(Gateway).bind(model_path, served_name, max_context, config, vision, keys, connect, log_level)
+    return deployment(Gateway).bind(
+        model_path, served_name, max_context, config, vision, keys, connect, log_level, log_format, log_prompts, tracing
+    )

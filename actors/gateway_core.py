@@ -11,12 +11,13 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
-from typing import ParamSpec, TypeVar
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from actors.answers import CallFinder, Delta, Job, piece_of
 from actors.client import EngineClient
+from actors.current_span import current_span
 from actors.image_prompt import Chat, ImagePrompts, Prompt
-from actors.metrics import GatewayMetrics
+from actors.metrics import GatewayMetrics, Recorder
 from actors.model_info import ModelInfo
 from actors.status import ClusterStatus
 from actors.tool_use import ToolUse
@@ -24,6 +25,9 @@ from actors.validation import MAX_CHOICES, Options, check_token_ids, make_reques
 from engine.detokenizer import TextStream
 from engine.request import ErrorCode, FinishReason, RequestError, RequestRejected
 from engine.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from actors.tracing import Tracing
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -44,7 +48,11 @@ class GatewayCore:
         model: ModelInfo,
         version: str = "unknown",
         images: ImagePrompts | None = None,
+        recorder: Recorder | None = None,
+        tracing: Tracing | None = None,
+        log_prompts: bool = False,
     ) -> None:
+        """`recorder` gets what is measured of requests, beside /metrics; `tracing` makes their spans."""
         if not model.eos_token_ids and tokenizer is not None:
             model = replace(model, eos_token_ids=tokenizer.eos_token_ids)
         self.engine = engine
@@ -52,7 +60,9 @@ class GatewayCore:
         self.model = model
         self.version = version
         self.images = images
-        self.metrics = GatewayMetrics(model.name)
+        self.tracing = tracing
+        self.log_prompts = log_prompts
+        self.metrics = GatewayMetrics(model.name, elsewhere=recorder)
 
     async def encode(self, text: str, add_special_tokens: bool = True, field: str = "prompt") -> list[int]:
         """Token ids of a text. Raises RequestRejected without a tokenizer."""
@@ -131,6 +141,10 @@ class GatewayCore:
         a last piece with FinishReason.ERROR.
         """
         request = job.request
+        self._log_accepted(job)
+        if (span := current_span()) is not None:
+            span.ask(request)
+            request = replace(request, timed=True)
         stream = self._text_stream(job.skip_special_tokens, request.params.stop, request.params.min_tokens)
         calls = CallFinder(job.tools)
         record = self.metrics.begin(len(request.prompt_token_ids))
@@ -141,21 +155,29 @@ class GatewayCore:
                     delta = calls.take_out(piece_of(stream, output))
                     record.add(len(delta.token_ids), delta.cached_tokens)
                     reason = delta.finish_reason or reason
+                    if span is not None and delta.error is not None:
+                        span.fail(delta.error.code)
                     yield delta
                     if delta.finish_reason is not None:
                         return
             raise RuntimeError("the engine's stream ended without a finish reason")
         except RequestRejected as error:
             reason = error.code
+            if span is not None:
+                span.fail(error.code)
             raise
         except Exception:
             log.exception("request failed request_id=%s", request.request_id)
             reason = FinishReason.ERROR
             failure = RequestError(ErrorCode.INTERNAL, "the request failed inside the server", retryable=True)
+            if span is not None:
+                span.fail(failure.code)
             rest = Delta(text=stream.finish(), finish_reason=FinishReason.ERROR, error=failure)
             yield calls.take_out(rest)
         finally:
             record.end(reason)
+            if span is not None:
+                span.answer(reason, len(request.prompt_token_ids), record.cached, record.generated)
             log.info(
                 "request ended request_id=%s reason=%s prompt_tokens=%d completion_tokens=%d seconds=%.3f",
                 request.request_id,
@@ -164,6 +186,13 @@ class GatewayCore:
                 record.generated,
                 record.seconds,
             )
+
+    def _log_accepted(self, job: Job) -> None:
+        request = job.request
+        log.debug("request accepted request_id=%s prompt_tokens=%d", request.request_id, len(request.prompt_token_ids))
+        if self.log_prompts:
+            shown = request.prompt_token_ids if self.tokenizer is None else self.prompt_text(job)[0]
+            log.info("prompt request_id=%s text=%r", request.request_id, shown)
 
     async def status(self) -> ClusterStatus:
         """The server's state. Raises RequestRejected (UNAVAILABLE) when it cannot be had."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
 from google.protobuf.message import Message
@@ -33,6 +33,10 @@ Answer = TypeVar("Answer", inference_pb2.GenerateResponse, inference_pb2.ChatRes
 Event = TypeVar("Event", inference_pb2.GenerateStreamResponse, inference_pb2.ChatStreamResponse)
 
 
+class Refused(Exception):
+    """A call that has its status. Serve logs what is raised, and a RequestRejected may quote what was asked."""
+
+
 class Servicer:
     """What both services stand on. Without keys, everybody is let in."""
 
@@ -40,8 +44,25 @@ class Servicer:
     keys: ApiKeys = NO_KEYS
     max_message_bytes: int = 16 * 2**20
 
-    def admit(self, request: Message, context: Context) -> AbstractAsyncContextManager[None]:
-        return admitted(request, context, self.keys, self.max_message_bytes)
+    @asynccontextmanager
+    async def admit(self, request: Message, context: Context, operation: str | None = None) -> AsyncIterator[None]:
+        """Lets a call in. One that asks the model names its `operation`, and gets a span if traces are on."""
+        tracing = self.core.tracing
+        try:
+            async with admitted(request, context, self.keys, self.max_message_bytes):
+                try:
+                    if tracing is None or operation is None:
+                        yield
+                    else:
+                        with tracing.request(operation, self.core.model.name, _headers(context)):
+                            yield
+                except RequestRejected as error:
+                    request_id = getattr(request, "request_id", None)
+                    kind = request.DESCRIPTOR.name
+                    log.info("request refused request_id=%.128r message=%s code=%s", request_id, kind, error.code)
+                    raise
+        except RequestRejected as error:
+            raise Refused(error.code) from None
 
 
 class InferenceServicer(Servicer):
@@ -50,28 +71,28 @@ class InferenceServicer(Servicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, grpc_context: Context
     ) -> inference_pb2.GenerateResponse:
-        async with self.admit(request, grpc_context):
+        async with self.admit(request, grpc_context, "text_completion"):
             jobs = await _generate_jobs(self.core, request, grpc_context)
             return await _answer(self.core, jobs, inference_pb2.GenerateResponse)
 
     async def GenerateStream(
         self, request: inference_pb2.GenerateStreamRequest, grpc_context: Context
     ) -> AsyncGenerator[inference_pb2.GenerateStreamResponse, None]:
-        async with self.admit(request, grpc_context):
+        async with self.admit(request, grpc_context, "text_completion"):
             jobs = await _generate_jobs(self.core, request, grpc_context)
             async with aclosing(_events(self.core, jobs, inference_pb2.GenerateStreamResponse)) as events:
                 async for event in events:
                     yield event
 
     async def Chat(self, request: inference_pb2.ChatRequest, grpc_context: Context) -> inference_pb2.ChatResponse:
-        async with self.admit(request, grpc_context):
+        async with self.admit(request, grpc_context, "chat"):
             jobs = await _chat_jobs(self.core, request, grpc_context)
             return await _answer(self.core, jobs, inference_pb2.ChatResponse)
 
     async def ChatStream(
         self, request: inference_pb2.ChatStreamRequest, grpc_context: Context
     ) -> AsyncGenerator[inference_pb2.ChatStreamResponse, None]:
-        async with self.admit(request, grpc_context):
+        async with self.admit(request, grpc_context, "chat"):
             jobs = await _chat_jobs(self.core, request, grpc_context)
             async with aclosing(_events(self.core, jobs, inference_pb2.ChatStreamResponse)) as events:
                 async for event in events:
@@ -199,6 +220,10 @@ class ControlServicer(Servicer):
             except Exception as error:
                 log.exception("no change")
                 raise RequestRejected("the controller does not answer", code=ErrorCode.UNAVAILABLE) from error
+
+
+def _headers(context: Context) -> dict[str, str]:
+    return {name.lower(): value for name, value in context.invocation_metadata() or () if isinstance(value, str)}
 
 
 async def _generate_jobs(core: GatewayCore, request: GenerateInput, context: Context) -> list[Job]:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from actors.api_keys import NO_KEYS, ApiKeys
+from actors.current_span import current_span
 from actors.gateway_core import GatewayCore
 from actors.http_answers import Answer, error_body, error_response
 from actors.http_generate import add_generation
@@ -28,6 +29,10 @@ def build_http_app(core: GatewayCore, keys: ApiKeys = NO_KEYS, max_body_bytes: i
     """The HTTP interface of one served model. Without keys, everybody is let in."""
     app = FastAPI(title="Herder", strict_content_type=False)
     _add_error_handlers(app)
+    if core.tracing is not None:
+        from actors.http_tracing import Traced
+
+        app.add_middleware(Traced, tracing=core.tracing, model=core.model.name)
     app.add_middleware(Guard, keys=keys, max_body_bytes=max_body_bytes)
     add_inspection(app, core)
     add_generation(app, core)
@@ -38,12 +43,12 @@ def _add_error_handlers(app: FastAPI) -> None:
     """Every error in OpenAI's form."""
 
     @app.exception_handler(RequestRejected)
-    async def rejected(_: Request, error: RequestRejected) -> Response:
-        return error_response(error)
+    async def rejected(request: Request, error: RequestRejected) -> Response:
+        return _refuse(request, error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return error_response(_rejection(error))
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return _refuse(request, _rejection(error))
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
@@ -63,6 +68,15 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def failed(_: Request, error: Exception) -> Response:
         log.error("request failed", exc_info=error)
         return Answer(error_body("the request failed inside the server", "server_error", code="internal"), 500)
+
+
+def _refuse(request: Request, error: RequestRejected) -> Response:
+    """The error's sentence is for the client alone: it may quote what was asked."""
+    if (span := current_span()) is not None:
+        span.fail(error.code)
+    request_id = request.headers.get("x-request-id")
+    log.info("request refused request_id=%.128s path=%s code=%s", request_id, request.url.path, error.code)
+    return error_response(error)
 
 
 def _rejection(error: RequestValidationError) -> RequestRejected:

@@ -19,6 +19,7 @@ import ray
 import torch
 from ray.actor import ActorHandle
 
+from actors.logs import set_up_logs
 from actors.status import ActorStatus
 from cluster.config import DeploymentConfig, RoleConfig
 from cluster.holdings import Holdings
@@ -53,7 +54,7 @@ class Member:
         role: RoleConfig,
         config: DeploymentConfig,
     ) -> None:
-        logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        set_up_logs(config.log_level, config.log_format)
         torch.set_num_threads(role.compute_threads)
         self.kind: Literal["attention", "expert"] = kind
         self.number = number

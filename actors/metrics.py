@@ -4,73 +4,80 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from actors import series
+from actors.series import Series
 from actors.status import ClusterStatus
-from engine.request import EngineLoad
+from engine.request import EngineLoad, FinishReason
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-# Seconds.
-_FIRST_TOKEN = (0.001, 0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 10, 20, 40, 80, 160)
-_PER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5)
-_WHOLE = (0.1, 0.3, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960, 1920)
+
+
+class Recorder(Protocol):
+    """Where a gateway's series go."""
+
+    def add(self, which: Series, amount: float, *labels: str) -> None:
+        """Adds to a counter; with 0 the series begins to be there."""
+
+    def observe(self, which: Series, value: float, *labels: str) -> None:
+        """Adds one observation to a histogram."""
 
 
 class GatewayMetrics:
-    """Counters and histograms of the requests that came through one gateway. Not for several threads."""
+    """Counters and histograms of the requests that came through one gateway. Not for several threads.
 
-    def __init__(self, model: str, clock: Callable[[], float] = time.monotonic) -> None:
+    `elsewhere` gets all that /metrics shows of them: behind a proxy, each scrape of /metrics comes to some gateway, so
+    with several of them only what each process exports itself adds up.
+    """
+
+    def __init__(
+        self, model: str, clock: Callable[[], float] = time.monotonic, elsewhere: Recorder | None = None
+    ) -> None:
         self._clock = clock
-        self._registry = registry = CollectorRegistry()
-        labels, self._model = ("model",), model
-        self._ended = Counter(
-            "herder_requests", "Requests that have ended, by finish reason or error.", ("model", "reason"),
-            registry=registry,
-        )  # fmt: skip
-        self._prompt = Counter("herder_prompt_tokens", "Tokens of prompts.", labels, registry=registry)
-        self._cached = Counter(
-            "herder_prompt_tokens_cached", "Those of them that the prefix cache had.", labels, registry=registry
-        )
-        self._generated = Counter("herder_generation_tokens", "Tokens generated.", labels, registry=registry)
-        self._first_token = Histogram(
-            "herder_time_to_first_token_seconds", "From a request's acceptance to its first token.", labels,
-            buckets=_FIRST_TOKEN, registry=registry,
-        )  # fmt: skip
-        self._per_token = Histogram(
-            "herder_time_per_output_token_seconds", "Between tokens after the first: the mean of each request.", labels,
-            buckets=_PER_TOKEN, registry=registry,
-        )  # fmt: skip
-        self._whole = Histogram(
-            "herder_e2e_request_latency_seconds", "From a request's acceptance to its end.", labels,
-            buckets=_WHOLE, registry=registry,
-        )  # fmt: skip
+        self._model = model
+        self._page = _Page()
+        self._recorders: tuple[Recorder, ...] = (self._page,) if elsewhere is None else (self._page, elsewhere)
         self.under_way = 0
+        for reason in FinishReason:
+            self._add(series.REQUESTS, 0, reason.lower())
+        for which in (series.PROMPT_TOKENS, series.CACHED_TOKENS, series.GENERATED_TOKENS):
+            self._add(which, 0)
 
     def begin(self, prompt_tokens: int) -> RequestRecord:
         """A request was accepted."""
         self.under_way += 1
-        self._prompt.labels(self._model).inc(prompt_tokens)
+        self._add(series.PROMPT_TOKENS, prompt_tokens)
         return RequestRecord(self, self._clock)
 
     def text(self, status: ClusterStatus | None) -> bytes:
         """Everything, with the engines' load if `status` is there."""
         engines = CollectorRegistry()
         engines.register(_EngineCollector(status))
-        return generate_latest(self._registry) + generate_latest(engines)
+        return generate_latest(self._page.registry) + generate_latest(engines)
 
     def first_token(self, seconds: float) -> None:
-        self._first_token.labels(self._model).observe(seconds)
+        self._observe(series.FIRST_TOKEN, seconds)
 
     def end(self, reason: str, seconds: float, generated: int, cached: int, per_token: float | None) -> None:
         self.under_way -= 1
-        self._ended.labels(self._model, reason.lower()).inc()
-        self._generated.labels(self._model).inc(generated)
-        self._cached.labels(self._model).inc(cached)
-        self._whole.labels(self._model).observe(seconds)
+        self._add(series.REQUESTS, 1, reason.lower())
+        self._add(series.GENERATED_TOKENS, generated)
+        self._add(series.CACHED_TOKENS, cached)
+        self._observe(series.WHOLE_REQUEST, seconds)
         if per_token is not None:
-            self._per_token.labels(self._model).observe(per_token)
+            self._observe(series.PER_TOKEN, per_token)
+
+    def _add(self, which: Series, amount: float, *labels: str) -> None:
+        for recorder in self._recorders:
+            recorder.add(which, amount, self._model, *labels)
+
+    def _observe(self, which: Series, value: float) -> None:
+        for recorder in self._recorders:
+            recorder.observe(which, value, self._model)
 
 
 class RequestRecord:
@@ -108,6 +115,28 @@ class RequestRecord:
         self._metrics.end(reason, self.seconds, self.generated, self.cached, per_token)
 
 
+class _Page:
+    """The recorder behind /metrics."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._counters: dict[str, Counter] = {}
+        self._histograms: dict[str, Histogram] = {}
+        for which in series.GATEWAY:
+            if which.kind == "histogram":
+                self._histograms[which.name] = Histogram(
+                    which.name, which.help, which.labels, buckets=which.buckets, registry=self.registry
+                )
+            else:
+                self._counters[which.name] = Counter(which.name, which.help, which.labels, registry=self.registry)
+
+    def add(self, which: Series, amount: float, *labels: str) -> None:
+        self._counters[which.name].labels(*labels).inc(amount)
+
+    def observe(self, which: Series, value: float, *labels: str) -> None:
+        self._histograms[which.name].labels(*labels).observe(value)
+
+
 class _EngineCollector:
     """Load of the engines, as they say at the time of the scrape."""
 
@@ -116,30 +145,17 @@ class _EngineCollector:
 
     def collect(self) -> Iterator[Metric]:
         status = self._status
-        ready = status is not None and status.ready
-        yield GaugeMetricFamily("herder_ready", "Whether a request sent now is answered.", value=float(ready))
+        yield _whole(series.READY, float(status is not None and status.ready))
         if status is None:
             return
-        yield from _cluster_metrics(status)
-        engines = status.engines
-        for name, text, value in _GAUGES:
-            gauge = GaugeMetricFamily(name, text, labels=("engine",))
-            for engine, load in engines.items():
-                gauge.add_metric((engine,), value(load))
-            yield gauge
-        for name, text, value in _COUNTERS:
-            counter = CounterMetricFamily(name, text, labels=("engine",))
-            for engine, load in engines.items():
-                counter.add_metric((engine,), value(load))
-            yield counter
-        used = GaugeMetricFamily(
-            "herder_kv_cache_usage", "KV pages held by requests, of all (0 to 1).", labels=("engine", "layer_kind")
-        )
-        cached = GaugeMetricFamily(
-            "herder_kv_cache_prefix", "KV pages held by the prefix cache alone, of all (0 to 1).",
-            labels=("engine", "layer_kind"),
-        )  # fmt: skip
-        for engine, load in engines.items():
+        yield from _cluster(status)
+        for which, value in series.ENGINE:
+            family = _family(which)
+            for engine, load in status.engines.items():
+                family.add_metric((engine,), value(load))
+            yield family
+        used, cached = _family(series.KV_USAGE), _family(series.KV_PREFIX)
+        for engine, load in status.engines.items():
             for kind, total in load.kv_pages_total.items():
                 used.add_metric((engine, kind), load.kv_pages_used.get(kind, 0) / total)
                 cached.add_metric((engine, kind), load.kv_pages_cached.get(kind, 0) / total)
@@ -147,29 +163,30 @@ class _EngineCollector:
         yield cached
 
 
-def _cluster_metrics(status: ClusterStatus) -> Iterator[Metric]:
-    yield GaugeMetricFamily("herder_epoch", "Counts the changes of actors and of their experts.", value=status.epoch)
-    yield CounterMetricFamily("herder_failovers", "Lost actors that were replaced.", value=status.failovers)
-    if status.balancedness:
-        text = "Highest load of a slot, as a multiple of the mean."
-        yield GaugeMetricFamily("herder_expert_balancedness", text, value=status.balancedness)
+def _cluster(status: ClusterStatus) -> Iterator[Metric]:
+    yield _whole(series.EPOCH, status.epoch)
+    yield _whole(series.FAILOVERS, status.failovers)
+    yield _whole(series.BALANCEDNESS, status.balancedness)
     if status.seconds_since_move is not None:
-        text = "The same, just before experts were last moved."
-        yield GaugeMetricFamily("herder_expert_balancedness_before", text, value=status.balancedness_before)
-        text = "Since experts were last moved."
-        yield GaugeMetricFamily("herder_expert_seconds_since_move", text, value=status.seconds_since_move)
+        yield _whole(series.BALANCEDNESS_BEFORE, status.balancedness_before)
+        yield _whole(series.SINCE_MOVE, status.seconds_since_move)
+    loads = status.engines.values()
+    yield _whole(series.QUEUED, sum(load.waiting for load in loads))
+    yield _whole(series.RUNNING, sum(load.running for load in loads))
+    if loads:
+        yield _whole(series.KV_UTILISATION, sum(map(_fullest_pool, loads)) / len(loads))
 
 
-_Value = Callable[[EngineLoad], float]
-_GAUGES: tuple[tuple[str, str, _Value], ...] = (
-    ("herder_requests_running", "Requests that are prefilling or decoding.", lambda load: load.running),
-    ("herder_requests_parked", "Those of them that wait for a lost expert.", lambda load: load.parked),
-    ("herder_requests_waiting", "Requests that wait for their first step.", lambda load: load.waiting),
-)
-_COUNTERS: tuple[tuple[str, str, _Value], ...] = (
-    ("herder_engine_steps", "Steps.", lambda load: load.steps),
-    ("herder_engine_prompt_tokens", "Tokens of prompts that were computed.", lambda load: load.prompt_tokens),
-    ("herder_engine_cached_tokens", "Tokens of prompts from the prefix cache.", lambda load: load.cached_prompt_tokens),
-    ("herder_engine_generation_tokens", "Tokens generated.", lambda load: load.generated_tokens),
-    ("herder_preemptions", "Requests that gave their KV pages up for others.", lambda load: load.preemptions),
-)
+def _fullest_pool(load: EngineLoad) -> float:
+    return max((load.kv_pages_used.get(kind, 0) / total for kind, total in load.kv_pages_total.items()), default=0.0)
+
+
+def _family(which: Series) -> CounterMetricFamily | GaugeMetricFamily:
+    family = CounterMetricFamily if which.kind == "counter" else GaugeMetricFamily
+    return family(which.name, which.help, labels=which.labels)
+
+
+def _whole(which: Series, value: float) -> Metric:
+    family = _family(which)
+    family.add_metric((), value)
+    return family

@@ -13,6 +13,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Literal
 
@@ -22,7 +23,9 @@ from ray.exceptions import ObjectLostError, RayActorError, RayError
 from ray.serve.handle import DeploymentHandle
 
 from actors.controller_client import ControllerClient
+from actors.current_span import current_span
 from actors.engine_links import EngineLink, EngineLinks
+from actors.engine_spans import EngineSpans
 from actors.open_request import OpenRequest
 from actors.reasons import first_line
 from actors.vision_client import VisionClient
@@ -62,6 +65,7 @@ class RayEngineClient(ControllerClient):
         self._new_seed = new_seed
         self._failover_timeout_s = failover_timeout_s
         self._open: dict[str, OpenRequest] = {}
+        self._spans = EngineSpans()
         self._aborts: set[asyncio.Task[None]] = set()  # held, so that they are not collected while they wait
 
     @classmethod
@@ -123,10 +127,12 @@ class RayEngineClient(ControllerClient):
     async def _encode(self, opened: OpenRequest) -> None:
         """Has its images encoded, as far as they are not. Raises RequestRejected, as VisionClient.embeddings does."""
         assert self._vision is not None, "requests have no images where there is no encoder"
-        deadline = opened.request.deadline
+        deadline, span = opened.request.deadline, current_span()
+        encoding = nullcontext() if span is None else span.child("encode images", images=len(opened.images))
         try:
             async with asyncio.timeout(None if deadline is None else deadline - time.time()):
-                opened.embeddings = await self._vision.embeddings(opened.digests, opened.images)
+                with encoding as traceparent:
+                    opened.embeddings = await self._vision.embeddings(opened.digests, opened.images, traceparent)
         except TimeoutError:
             message = "the request's deadline passed while its images were encoded"
             raise RequestRejected(message, code=ErrorCode.DEADLINE_EXCEEDED) from None
@@ -172,6 +178,8 @@ class RayEngineClient(ControllerClient):
             waited = time.monotonic() - start
             if offer == "taken":
                 log.info("request moved request_id=%s tokens=%d", opened.request.request_id, len(opened.tokens))
+                if (span := current_span()) is not None and opened.link is not None:
+                    span.event("moved", engine=opened.link.name, tokens=len(opened.tokens))
                 return True
             left = min(patience_s.get(offer, 0.0), deadline_s) - waited
             if left <= 0:
@@ -203,13 +211,17 @@ class RayEngineClient(ControllerClient):
     async def _submit(self, opened: OpenRequest, link: EngineLink) -> RequestRejected | None:
         """Submits a request with its journal; returns why not, if the engine does not take it."""
         self._put(opened, link)
+        self._spans.expect(link, opened.request.request_id)
         for _ in range(_MOST_ENCODINGS):
             # Ray fetches the embeddings before it makes the call: the actor finds them in its node's object store.
             submission = link.actor.submit.remote(opened.rest(), link.gateway_id, *opened.embeddings)
             opened.submission = asyncio.ensure_future(submission)
             try:
                 # Shielded: when the client goes away meanwhile, the abort has to come after the submission.
-                return await asyncio.shield(opened.submission)
+                refusal = await asyncio.shield(opened.submission)
+                if refusal is not None:
+                    self._spans.forget(link, opened.request.request_id)
+                return refusal
             except ObjectLostError as error:
                 log.warning("images lost request_id=%s reason=%s", opened.request.request_id, first_line(error))
                 if (refusal := await self._encode_anew(opened)) is not None:
@@ -245,6 +257,7 @@ class RayEngineClient(ControllerClient):
 
     def _take(self, link: EngineLink, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
+            self._spans.end(link, output)
             opened = self._open.get(output.request_id)
             if opened is not None and opened.link is link:  # else its client has gone, or it has moved
                 opened.outputs.put_nowait(output)

@@ -26,6 +26,7 @@ from ray.serve.schema import ApplicationStatus
 from actors.client import EngineClient
 from actors.controller import Controller
 from actors.deployment import Connect, application, connect_to_engines
+from actors.logs import set_up_logs
 from actors.reasons import first_line
 from cluster.config import ConfigError, DeploymentConfig
 from cluster.config_errors import sentences
@@ -77,7 +78,7 @@ class FleetKeeper:
 
     async def __init__(self, config: DeploymentConfig) -> None:  # type: ignore[misc]  # Serve awaits it
         """Returns when all actors have loaded and a token has gone through. Raises what keeps them from that."""
-        logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        set_up_logs(config.log_level, config.log_format)
         self._config = config
         self._live = LiveSettings.of(config)
         self._silences = 0
@@ -160,7 +161,8 @@ def _actors_of(config: DeploymentConfig) -> DeploymentConfig:
     """What of a configuration makes up the attention and expert actors and cannot be changed under them."""
     rest = LiveSettings().over(config)
     defaults = DeploymentConfig(model=config.model)
-    return rest.model_copy(update={"gateway": defaults.gateway, "vision": defaults.vision})
+    same = {"gateway": defaults.gateway, "vision": defaults.vision, "tracing": defaults.tracing, "log_prompts": False}
+    return rest.model_copy(update=same)
 
 
 def _is_deleted(app_name: str) -> bool:

@@ -16,6 +16,7 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import ray
 import torch
@@ -23,12 +24,15 @@ from ray import serve
 from ray.exceptions import GetTimeoutError
 from ray.serve.config import RequestRouterConfig
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
-from ray.util.metrics import Counter, Gauge, Histogram
 from ray.util.placement_group import placement_group, remove_placement_group
 from torch import Tensor
 
+from actors import series
+from actors.current_span import start_tracing
 from actors.embeddings import to_array
 from actors.encoded_images import EncodedImage, EncodedImages
+from actors.logs import set_up_logs
+from actors.ray_metrics import RayMetrics
 from actors.tile_batcher import TileBatcher, Tiles
 from cluster.config import DeploymentConfig
 from cluster.config import VisionConfig as ServedVision
@@ -44,11 +48,11 @@ from llama4.weights import Checkpoint, load_vision
 log = logging.getLogger("herder")
 
 NAME = "vision"  # the deployment's, in Serve
+_MAX_WAITING = 1024  # images of a replica
 _DECODERS = 2  # threads that decode and tile: the next images, while the encoder has those before them
 _METRICS_EVERY_S = 1.0  # how often Serve's autoscaler hears of the load
 _LONGEST_LOOK_BACK_S = 30.0
 _HEALTH_EVERY_S = 2.0  # so long Serve takes to notice that a replica has died
-_SECONDS = [0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0]
 
 
 class Vision:
@@ -56,7 +60,7 @@ class Vision:
 
     def __init__(self, config: DeploymentConfig) -> None:
         """Loads the encoder. Raises CheckpointError."""
-        logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        set_up_logs(config.log_level, config.log_format)
         path, vision = config.model.path, config.vision
         spec, encoder_config = ImageSpec.from_dir(path), VisionConfig.from_dir(path)
         assert spec is not None and encoder_config is not None, "deployed for checkpoints that take images only"
@@ -68,26 +72,39 @@ class Vision:
         self._decoding = ThreadPoolExecutor(_DECODERS, "decode", _begin_thread, (1,))
         encoding = ThreadPoolExecutor(1, "encode", _begin_thread, (vision.compute_threads,))
         self._batcher = TileBatcher(self._encode_tiles, vision.max_batch_tiles, encoding)
+        self._decoded = asyncio.Semaphore(vision.max_batch_tiles)  # what waits is the files: tiles are large
         self._cache = EncodedImages(vision.cache_bytes)
         self._under_way: dict[bytes, asyncio.Task[EncodedImage]] = {}
-        self._images = Counter("herder_vision_images", "Images encoded.")
-        self._hits = Counter("herder_vision_cached_images", "Images asked for that had been encoded already.")
-        self._tiles = Counter("herder_vision_tiles", "Tiles encoded.")
-        self._queue = Gauge("herder_vision_images_running", "Images that are encoded or wait for it.")
-        self._seconds = Histogram("herder_vision_encode_seconds", "Of a batch of tiles in the encoder.", _SECONDS)
+        self._tracing = start_tracing(config.tracing, NAME)
+        self._metrics = RayMetrics()
+        self._metrics.set(series.IMAGES_RUNNING, 0)
+        for counted in (series.IMAGES, series.IMAGE_HITS, series.TILES):
+            self._metrics.add(counted, 0)
         log.info("vision up device=%s dtype=%s tile=%d", self._device, dtype, spec.tile_size)
 
-    async def encode(self, digest: bytes, data: bytes) -> EncodedImage | RequestRejected:
-        """Where the embeddings of an encoded file with that digest are; or why it cannot be read."""
+    async def encode(
+        self, digest: bytes, data: bytes, traceparent: str | None = None
+    ) -> EncodedImage | RequestRejected:
+        """Where the embeddings of an encoded file with that digest are; or why it cannot be read.
+
+        `traceparent`: W3C's Trace Context of the span that this is a part of, if the request is traced.
+        """
+        tracing = self._tracing
+        with nullcontext() if tracing is None else tracing.continued("encode image", traceparent) as span:
+            if span is not None:
+                span.set_attribute("herder.cached", self._cache.get(digest) is not None)
+            return await self._answer(digest, data)
+
+    async def _answer(self, digest: bytes, data: bytes) -> EncodedImage | RequestRejected:
         if (known := self._cache.get(digest)) is not None:
-            self._hits.inc()
+            self._metrics.add(series.IMAGE_HITS, 1)
             return known
         if (task := self._under_way.get(digest)) is None:
             task = self._under_way[digest] = asyncio.create_task(self._encode(digest, data))
             task.add_done_callback(lambda _: self._end(digest))
-            self._queue.set(len(self._under_way))
+            self._metrics.set(series.IMAGES_RUNNING, len(self._under_way))
         else:
-            self._hits.inc()
+            self._metrics.add(series.IMAGE_HITS, 1)
         try:
             return await asyncio.shield(task)  # a client that goes away takes nothing from others that ask for the same
         except ImageError as error:
@@ -95,17 +112,18 @@ class Vision:
 
     async def _encode(self, digest: bytes, data: bytes) -> EncodedImage:
         loop = asyncio.get_running_loop()
-        tiles_NCHW = await loop.run_in_executor(self._decoding, self._read, data)
-        embeddings_NMD = await self._batcher.encode(tiles_NCHW)
+        async with self._decoded:
+            tiles_NCHW = await loop.run_in_executor(self._decoding, self._read, data)
+            embeddings_NMD = await self._batcher.encode(tiles_NCHW)
         image = await loop.run_in_executor(self._decoding, _store, embeddings_NMD.flatten(0, 1))
         self._cache.put(digest, image)
-        self._images.inc()
-        self._tiles.inc(len(tiles_NCHW))
+        self._metrics.add(series.IMAGES, 1)
+        self._metrics.add(series.TILES, len(tiles_NCHW))
         return image
 
     def _end(self, digest: bytes) -> None:
         del self._under_way[digest]
-        self._queue.set(len(self._under_way))
+        self._metrics.set(series.IMAGES_RUNNING, len(self._under_way))
 
     def _read(self, data: bytes) -> Tiles:
         return to_tiles(read_image(data, self._limits), self._spec)
@@ -114,7 +132,7 @@ class Vision:
     def _encode_tiles(self, tiles_NCHW: Tiles) -> Tensor:
         started = time.monotonic()
         embeddings_NMD: Tensor = self._encoder(torch.from_numpy(tiles_NCHW).to(self._device)).cpu()
-        self._seconds.observe(time.monotonic() - started)
+        self._metrics.observe(series.ENCODE_SECONDS, time.monotonic() - started)
         return embeddings_NMD
 
 
@@ -164,9 +182,8 @@ def build_vision(config: DeploymentConfig) -> serve.Application | None:
     deployment = serve.deployment(
         name=NAME,
         ray_actor_options=options,
-        # Images that wait in a replica are what its batches are made of; what is beyond waits where Serve can send it
-        # to the replicas that are still to come.
-        max_ongoing_requests=max(vision.max_batch_tiles, math.ceil(vision.target_ongoing_requests)),
+        # Images wait in a replica: what it refused, Serve would send to it again and again, with the file.
+        max_ongoing_requests=max(_MAX_WAITING, math.ceil(vision.target_ongoing_requests)),
         autoscaling_config={
             "min_replicas": vision.min_replicas,
             "max_replicas": vision.max_replicas,

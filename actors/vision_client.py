@@ -21,14 +21,15 @@ log = logging.getLogger("herder")
 _MOST_ATTEMPTS = 5  # an image may be what its replicas die of
 _FIRST_PAUSE_S = 0.1
 
-Encode = Callable[[bytes, bytes], Awaitable[EncodedImage | RequestRejected]]
+Encode = Callable[[bytes, bytes, str | None], Awaitable[EncodedImage | RequestRejected]]
 
 
 class VisionClient:
     """Remembers what the encoder has answered, and asks once for what several requests want at once.
 
     Args:
-        encode: asks the encoder for a file with a digest; raises RayError or RayServeException when a replica fails.
+        encode: asks the encoder for a file with a digest, as part of the span that a `traceparent` (W3C) names, if any;
+            raises RayError or RayServeException when a replica fails.
         cache_bytes: of embeddings that are kept in the object store for images that come again.
         timeout_s: so long images wait for a replica, which may have to start first.
     """
@@ -43,17 +44,19 @@ class VisionClient:
     def of(cls, deployment: DeploymentHandle, cache_bytes: int, timeout_s: float) -> VisionClient:
         """The client of a deployment of `actors.vision.Vision`."""
 
-        async def encode(digest: bytes, data: bytes) -> EncodedImage | RequestRejected:
+        async def encode(digest: bytes, data: bytes, traceparent: str | None) -> EncodedImage | RequestRejected:
             # The router chooses by the session: the same image, the same replica.
             answer: EncodedImage | RequestRejected = await deployment.options(session_id=digest.hex()).encode.remote(
-                digest, data
+                digest, data, traceparent
             )
             return answer
 
         return cls(encode, cache_bytes, timeout_s)
 
-    async def embeddings(self, digests: Sequence[bytes], files: Sequence[bytes]) -> list[ObjectRef]:
-        """Where the embeddings of these images are, one for one.
+    async def embeddings(
+        self, digests: Sequence[bytes], files: Sequence[bytes], traceparent: str | None = None
+    ) -> list[ObjectRef]:
+        """Where the embeddings of these images are, one for one. `traceparent`: of the span that wants them.
 
         Raises RequestRejected: INVALID_ARGUMENT, field `messages`, when one cannot be read; UNAVAILABLE when there is
         no replica in time, or all that were asked failed.
@@ -61,7 +64,7 @@ class VisionClient:
         try:
             async with asyncio.timeout(self._timeout_s):
                 pairs = zip(digests, files, strict=True)
-                images = await asyncio.gather(*(self._image(digest, data) for digest, data in pairs))
+                images = await asyncio.gather(*(self._image(digest, data, traceparent) for digest, data in pairs))
         except TimeoutError:
             message = f"no replica of the image encoder has answered for {self._timeout_s:g} s"
             raise RequestRejected(message, code=ErrorCode.UNAVAILABLE) from None
@@ -72,13 +75,13 @@ class VisionClient:
         for digest in digests:
             self._known.forget(digest)
 
-    async def _image(self, digest: bytes, data: bytes) -> EncodedImage:
+    async def _image(self, digest: bytes, data: bytes, traceparent: str | None) -> EncodedImage:
         if (known := self._known.get(digest)) is not None:
             return known
         if (task := self._under_way.get(digest)) is None:
             # In a context of its own: Serve ends calls with the request in whose context they began, and mixes two of
             # the same request where they are routed by session. This one is for whoever wants the image.
-            task = asyncio.create_task(self._ask(digest, data), context=contextvars.Context())
+            task = asyncio.create_task(self._ask(digest, data, traceparent), context=contextvars.Context())
             self._under_way[digest] = task
             task.add_done_callback(lambda ended: self._take(digest, ended))
         return await asyncio.shield(task)  # others may wait for the same
@@ -88,11 +91,11 @@ class VisionClient:
         if not ended.cancelled() and ended.exception() is None:
             self._known.put(digest, ended.result())
 
-    async def _ask(self, digest: bytes, data: bytes) -> EncodedImage:
+    async def _ask(self, digest: bytes, data: bytes, traceparent: str | None) -> EncodedImage:
         pause = _FIRST_PAUSE_S
         for attempt in range(1, _MOST_ATTEMPTS + 1):
             try:
-                answer = await self._encode(digest, data)
+                answer = await self._encode(digest, data, traceparent)
             except (RayError, RayServeException) as error:
                 log.warning(
                     "image not encoded digest=%s attempt=%d reason=%s", digest.hex(), attempt, first_line(error)

@@ -1,32 +1,48 @@
-"""The same engine over two processes: attention in one, all routed experts in the other, gloo between them.
+"""The same engine over two processes: attention in one, all routed experts in the other, gloo or sockets between them.
 
 What Ray adds at run time is not on this way (no Ray call per step or layer), so the processes are plain ones.
+
+Shapes: N rows, K experts per row, D model width.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 from bench.local_engine import DecodeRun, LocalEngine, Shape
-from dispatch.all_to_all import AllToAllDispatcher, ExpertRank
+from dispatch.all_to_all import ExpertRank
 from dispatch.collective import CollectiveGate, Epoch
 from dispatch.expert_map import ExpertMap
+from dispatch.expert_server import ExpertServer
 from dispatch.groups import EpochGroup, World
 from dispatch.lockstep import Lockstep
+from dispatch.p2p import P2PDispatcher
+from dispatch.p2p_gate import P2PGate
 from dispatch.store import connect_store, host_store
+from dispatch.topology import SlotAddress, Topology
+from engine.engine import StepGate
 from llama4.config import TextConfig
+from llama4.moe import Dispatcher, Experts, Ticket
 from llama4.weights import Checkpoint, load_decoder, load_experts
 
 ADDRESS = "127.0.0.1"
 TIMEOUT_S = 300.0
 WORLD = World(attention=(0,), slots=(0,))
+SECRET = b"of a measurement"
+Transport: TypeAlias = Literal["p2p", "gloo"]
+_SPAWN = get_context("spawn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,36 +63,79 @@ class Roles:
     omp_wait: str | None = None
 
 
-def measure(path: Path, shape: Shape, work: Work, roles: Roles) -> list[DecodeRun]:
-    """One run for each batch size."""
-    store, port = host_store(ADDRESS)
-    context = get_context("spawn")
-    ours, theirs = context.Pipe()
-    before = os.environ.get("OMP_WAIT_POLICY")
-    if roles.omp_wait is not None:
-        os.environ["OMP_WAIT_POLICY"] = roles.omp_wait  # read by OpenMP when the children load it
-    try:
-        processes = [
-            context.Process(target=_attention, args=(theirs, path, port, shape, work, roles.attention_threads)),
-            context.Process(target=_expert, args=(path, port, roles.expert_threads)),
-        ]
+class _Watched:
+    """A dispatcher, and the seconds in dispatch, in combine, and `hidden`: between the two, when others compute."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+        self._sent_at = 0.0
+        self.totals: dict[str, float] = {"dispatch": 0.0, "combine": 0.0, "hidden": 0.0}
+
+    def dispatch(self, x_ND: Tensor, expert_ids_NK: Tensor, layer: int) -> Ticket:
+        start = time.perf_counter()
+        ticket = self._dispatcher.dispatch(x_ND, expert_ids_NK, layer)
+        self._sent_at = time.perf_counter()
+        self.totals["dispatch"] += self._sent_at - start
+        return ticket
+
+    def combine(self, ticket: Ticket) -> Tensor:
+        start = time.perf_counter()
+        self.totals["hidden"] += start - self._sent_at
+        y_NKD = self._dispatcher.combine(ticket)
+        self.totals["combine"] += time.perf_counter() - start
+        return y_NKD
+
+    def take_lost(self, num_tokens: int) -> frozenset[int]:
+        return self._dispatcher.take_lost(num_tokens)
+
+
+def hidden_share(run: DecodeRun) -> float:
+    """The part of the time from the rows' departure to their results that the shared expert was computed in, 0 to 1.
+
+    What the results may have waited for their combine counts as hidden.
+    """
+    return run.parts["hidden"] / (run.parts["hidden"] + run.parts["combine"])
+
+
+def measure(path: Path, shape: Shape, work: Work, roles: Roles, transport: Transport = "gloo") -> list[DecodeRun]:
+    """One run for each batch size; its parts have `dispatch`, `combine` and `hidden`, see `hidden_share`."""
+    store, port = host_store(ADDRESS)  # gloo's meeting place
+    attention, theirs = _SPAWN.Pipe()
+    experts, experts_end = _SPAWN.Pipe()
+    processes = [
+        _SPAWN.Process(target=_attention, args=(theirs, path, port, shape, work, roles, transport), daemon=True),
+        _SPAWN.Process(target=_expert, args=(experts_end, path, port, roles.expert_threads, transport), daemon=True),
+    ]
+    with _omp_wait_policy(roles.omp_wait):
         for process in processes:
-            process.daemon = True
             process.start()
-    finally:
-        if roles.omp_wait is not None:
-            os.environ.pop("OMP_WAIT_POLICY")
-            if before is not None:
-                os.environ["OMP_WAIT_POLICY"] = before
     theirs.close()
+    experts_end.close()
     try:
-        runs: list[DecodeRun] = ours.recv()  # EOFError: the child has said why on its own stderr
+        if transport == "p2p":
+            attention.send(experts.recv())
+        runs: list[DecodeRun] = attention.recv()  # EOFError: the child has said why on its own stderr
     finally:
+        experts.close()
         for process in processes:
             process.join(10)
             process.kill()
         del store
     return runs
+
+
+@contextlib.contextmanager
+def _omp_wait_policy(policy: str | None) -> Iterator[None]:
+    """For children, whose OpenMP reads it when they load it."""
+    before = os.environ.get("OMP_WAIT_POLICY")
+    if policy is not None:
+        os.environ["OMP_WAIT_POLICY"] = policy
+    try:
+        yield
+    finally:
+        os.environ.pop("OMP_WAIT_POLICY", None)
+        if before is not None:
+            os.environ["OMP_WAIT_POLICY"] = before
 
 
 def _everywhere(config: TextConfig) -> ExpertMap:
@@ -88,29 +147,64 @@ def _join(rank: int, port: int) -> EpochGroup:
     return EpochGroup.form(1, WORLD, rank, store, address=ADDRESS, timeout_s=TIMEOUT_S)
 
 
-def _attention(pipe: Connection, path: Path, port: int, shape: Shape, work: Work, threads: int) -> None:
-    torch.set_num_threads(threads)
+def _attention(
+    pipe: Connection, path: Path, port: int, shape: Shape, work: Work, roles: Roles, transport: Transport
+) -> None:
+    torch.set_num_threads(roles.attention_threads)
     config = TextConfig.from_dir(path)
     decoder = load_decoder(Checkpoint(path), config, torch.float32, "cpu")
-    gate = CollectiveGate(lambda epoch: _join(0, port), print)
-    gate.adopt(Epoch(_everywhere(config), WORLD, ADDRESS, port))
-    engine = LocalEngine(config, decoder, gate, gate, shape)
-    engine.watch.time(AllToAllDispatcher, "dispatch", "dispatch")
-    engine.watch.time(AllToAllDispatcher, "combine", "combine")
-    runs: Sequence[DecodeRun] = [engine.decode(batch, work.context, work.steps) for batch in work.batches]
-    pipe.send(list(runs))
+    dispatcher, gate = _p2p(config, pipe.recv()) if transport == "p2p" else _gloo(config, port)
+    watched = _Watched(dispatcher)
+    engine = LocalEngine(config, decoder, watched, gate, shape)
+    engine.watch.totals.update(watched.totals)
+    watched.totals = engine.watch.totals
+    pipe.send([engine.decode(batch, work.context, work.steps) for batch in work.batches])
     engine.close()
 
 
-def _expert(path: Path, port: int, threads: int) -> None:
-    """As actors.expert serves."""
+def _p2p(config: TextConfig, address: SlotAddress) -> tuple[Dispatcher, StepGate]:
+    dispatcher = P2PDispatcher(0, TIMEOUT_S, on_lost=print)
+    gate = P2PGate(dispatcher, config.hidden_size, torch.float32)
+    gate.adopt(Topology(_everywhere(config), {0: address}, SECRET))
+    gate.wait()  # it is ready, and the engine's first begin() installs it
+    return dispatcher, gate
+
+
+def _gloo(config: TextConfig, port: int) -> tuple[Dispatcher, StepGate]:
+    gate = CollectiveGate(lambda epoch: _join(0, port), print)
+    gate.adopt(Epoch(_everywhere(config), WORLD, ADDRESS, port))
+    return gate, gate
+
+
+def _expert(pipe: Connection, path: Path, port: int, threads: int, transport: Transport) -> None:
+    """As actors.expert serves; with p2p until the pipe's other end goes."""
     torch.set_num_threads(threads)
     config = TextConfig.from_dir(path)
     expert_map = _everywhere(config)
     experts = load_experts(Checkpoint(path), config, expert_map.experts_of(0), torch.float32, "cpu")
-    group = _join(1, port)
+    if transport == "p2p":
+        _serve_p2p(pipe, experts, config.hidden_size, expert_map)
+    else:
+        _serve_gloo(_join(1, port), experts, config.hidden_size, expert_map)
+
+
+def _serve_p2p(pipe: Connection, experts: Experts, width: int, expert_map: ExpertMap) -> None:
+    server = ExpertServer(experts, 0, width, torch.float32, SECRET, ADDRESS)
+    server.allow(expert_map.experts_of(0), min_epoch=0)
+    pipe.send(server.address)
+    threading.Thread(target=_stop_at_end, args=(pipe, server), daemon=True).start()
+    server.run()
+
+
+def _stop_at_end(pipe: Connection, server: ExpertServer) -> None:
+    with contextlib.suppress(EOFError):
+        pipe.recv()
+    server.stop()
+
+
+def _serve_gloo(group: EpochGroup, experts: Experts, width: int, expert_map: ExpertMap) -> None:
     lockstep = Lockstep(group)
-    rank = ExpertRank(group, expert_map, 0, experts, config.hidden_size, torch.float32)
+    rank = ExpertRank(group, expert_map, 0, experts, width, torch.float32)
     while not (header := lockstep.begin(0)).leaving:
         if header.idle:
             lockstep.wait()

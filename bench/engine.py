@@ -11,7 +11,7 @@ import typer
 
 from bench.bounds import Bound, Costs
 from bench.common import DEFAULT_CHECKPOINT, Cell, CheckpointDir, JsonFile, Report, Threads, spread
-from bench.distributed_engine import Roles, Work, measure
+from bench.distributed_engine import Roles, Transport, Work, hidden_share, measure
 from bench.limits import Limits
 from bench.local_engine import DecodeRun, LocalEngine, Shape, single_process
 from llama4.config import TextConfig
@@ -133,6 +133,7 @@ def distributed_rows(runs: list[DecodeRun], ours: dict[str, float]) -> list[Row]
                 "+-%": spread(run.seconds) * 100,
                 "dispatch ms": run.parts["dispatch"] * 1e3,
                 "combine ms": run.parts["combine"] * 1e3,
+                "hidden %": 100 * hidden_share(run),
                 "of single process": alone / run.median if alone else None,
             }
         )
@@ -183,9 +184,11 @@ def main(
     del engine
     if "distributed" in parts:
         roles = Roles(attention_threads, expert_threads, omp_wait)
-        found_runs = measure(checkpoint, SHAPE, Work(BATCHES, context, steps), roles)
-        title = f"1 attention ({attention_threads} threads) + 1 expert process ({expert_threads} threads), gloo"
-        report.add(title, distributed_rows(found_runs, ours))
+        title = f"1 attention ({attention_threads} threads) + 1 expert process ({expert_threads} threads)"
+        transports: tuple[Transport, ...] = ("p2p", "gloo")
+        for transport in transports:
+            found_runs = measure(checkpoint, SHAPE, Work(BATCHES, context, steps), roles, transport)
+            report.add(f"{title}, {transport}", distributed_rows(found_runs, ours))
     if "transformers" in parts:
         report.add("transformers", transformers_rows(checkpoint, ours, context, steps // 4, repeats // 2))
     report.save(json_file)

@@ -14,7 +14,7 @@ import typer
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cli import endpoint
-from cli.chaos_harm import Action, Hand, Look, Watch, choose, in_random_order, is_whole
+from cli.chaos_harm import ENDING, Action, Hand, Look, Watch, choose, in_random_order, is_whole
 from cli.chaos_streams import Prompt, asking, keep_asking, make_prompts, undisturbed
 from cli.chaos_tally import Harm, Tally, duration, spread
 from cli.report import CliError, err, out, table, verb
@@ -61,7 +61,8 @@ def chaos(
     every: Annotated[str, typer.Option(metavar="TIME", help="From one harm to the next.")] = "10s",
     streams: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 16,
     actions: Annotated[
-        list[Action] | None, typer.Option("--action", help="What is done. Repeatable; without it, everything.")
+        list[Action] | None,
+        typer.Option("--action", help="What is done. Repeatable; without it, everything that ends an actor."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of prompts, and of what is done to whom.")] = 0,
     url: Annotated[
@@ -76,7 +77,9 @@ def chaos(
     strength. Exit code 1 if an answer was lost or came out differently, or if full strength does not come back.
 
     kill-* is SIGKILL; stop-expert is SIGSTOP: the process hangs, and the deployment has to find out and end it.
-    Actors on other machines are reached if this one is a node of their Ray cluster.
+    drop-expert and delay-expert harm messages between actors that live: with sockets (transport.kind p2p), the next
+    answers of an expert actor get lost, or come late. Actors on other machines, and messages, are reached if this one
+    is a node of their Ray cluster.
 
     Examples:
 
@@ -84,7 +87,7 @@ def chaos(
 
         herder chaos --for 5m --every 20s --streams 100 --action kill-expert --action stop-expert --seed 7
     """
-    plan = Plan(seconds(for_), seconds(every), streams, tuple(actions or Action), seed)
+    plan = Plan(seconds(for_), seconds(every), streams, tuple(actions or ENDING), seed)
     if plan.every_s >= plan.for_s:
         raise CliError(f"--every ({every}) must be shorter than --for ({for_}), or nothing is done", code=2)
     outcome = Outcome(Tally(streams), Tally(streams))
@@ -159,22 +162,22 @@ class Chaos:
             actor = choose(action, (await watch.look()).actors, self._rng)
             harm = Harm(action, actor.name, self._clock())
             self._outcome.harmed.harms.append(harm)
-            await hand.send(actor, action.signal)
-            await self._until_whole(watch, whole, actor, harm)
+            await hand.do(action, actor)
+            await self._until_whole(watch, whole, harm, None if action.signal is None else actor)
             due = max(harm.at + self._plan.every_s, self._clock())
 
-    async def _until_whole(self, watch: Watch, whole: Look, actor: pb.ActorInfo, harm: Harm) -> None:
+    async def _until_whole(self, watch: Watch, whole: Look, harm: Harm, ended: pb.ActorInfo | None) -> None:
         what = f"{harm.action} {harm.actor}"
         while self._clock() < harm.at + _PATIENCE_S:
             self._show(f"after {what}")
             await asyncio.sleep(_LOOK_EVERY_S)
             with suppress(CliError):  # the controller may be what was harmed
-                if is_whole(whole, await watch.look(), actor):
+                if is_whole(whole, await watch.look(), ended):
                     after = harm.full_strength_after = self._clock() - harm.at
                     times = f"full strength after {duration(after)}, longest gap {duration(harm.longest_gap)}"
                     self._console.print(f"{harm.at - self._began:7.1f} s  {what}: {times}", soft_wrap=True)
                     return
-        raise CliError(f"not at full strength {_PATIENCE_S:g} s after {what} (pid {actor.pid})")
+        raise CliError(f"not at full strength {_PATIENCE_S:g} s after {what}")
 
     async def _last_answers(self, streams: list[asyncio.Task[None]]) -> None:
         self._show("waiting for the last answers")

@@ -7,7 +7,7 @@ import logging
 import random
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -17,12 +17,15 @@ import psutil
 
 from cli import endpoint
 from cli.report import CliError
+from dispatch.faults import Fault
 from herder.v1 import control_pb2 as pb
 
 if TYPE_CHECKING:
     from herder.v1.control_pb2_grpc import ControlServiceAsyncStub
 
 _REMOTE_TIMEOUT_S = 30.0
+_DROPPED = 2  # answers
+_DELAYED, _DELAY_S = 50, 0.02
 
 
 class Action(StrEnum):
@@ -30,6 +33,8 @@ class Action(StrEnum):
     STOP_EXPERT = "stop-expert"
     KILL_ATTENTION = "kill-attention"
     KILL_CONTROLLER = "kill-controller"
+    DROP_EXPERT = "drop-expert"
+    DELAY_EXPERT = "delay-expert"
 
     @property
     def role(self) -> pb.ActorRole.ValueType:
@@ -37,9 +42,24 @@ class Action(StrEnum):
         return pb.ActorRole.Value(f"ACTOR_ROLE_{self.value.partition('-')[2].upper()}")
 
     @property
-    def signal(self) -> signal.Signals:
-        """What is sent to the process."""
-        return signal.SIGSTOP if self is Action.STOP_EXPERT else signal.SIGKILL
+    def signal(self) -> signal.Signals | None:
+        """What is sent to the process; None if it lives on, and its messages are harmed."""
+        match self:
+            case Action.DROP_EXPERT | Action.DELAY_EXPERT:
+                return None
+            case Action.STOP_EXPERT:
+                return signal.SIGSTOP
+        return signal.SIGKILL
+
+    def fault(self, slot: int) -> Fault:
+        """What befalls the next answers of a slot's expert actor."""
+        assert self.signal is None, f"{self} is done to a process"
+        if self is Action.DROP_EXPERT:
+            return Fault("drop", "expert", slot, times=_DROPPED)
+        return Fault("delay", "expert", slot, seconds=_DELAY_S, times=_DELAYED)
+
+
+ENDING = tuple(action for action in Action if action.signal is not None)  # those that end a process
 
 
 def in_random_order(actions: Sequence[Action], rng: random.Random) -> Iterator[Action]:
@@ -94,15 +114,13 @@ def _heed_cancellation() -> None:
         raise asyncio.CancelledError
 
 
-def is_whole(before: Look, now: Look, harmed: pb.ActorInfo) -> bool:
-    """Whether the deployment is at the strength of `before` again, with another process in the `harmed` one's place."""
+def is_whole(before: Look, now: Look, ended: pb.ActorInfo | None) -> bool:
+    """Whether the deployment is at the strength of `before` again, with another process in the `ended` one's place."""
     places = {(actor.role, actor.index): actor for actor in now.actors}
-    successor = places.get((harmed.role, harmed.index))
     return (
         now.ready
         and now.copies >= before.copies
-        and successor is not None
-        and (successor.node_id, successor.pid) != (harmed.node_id, harmed.pid)
+        and (ended is None or _is_replaced(ended, places.get((ended.role, ended.index))))
         and all(
             (actor.role, actor.index) in places and places[actor.role, actor.index].state == actor.state
             for actor in before.actors
@@ -110,22 +128,32 @@ def is_whole(before: Look, now: Look, harmed: pb.ActorInfo) -> bool:
     )
 
 
+def _is_replaced(ended: pb.ActorInfo, successor: pb.ActorInfo | None) -> bool:
+    return successor is not None and (successor.node_id, successor.pid) != (ended.node_id, ended.pid)
+
+
 class Hand:
-    """Sends signals to actors' processes: here, or through Ray to other nodes of the cluster that this one is in."""
+    """Sends signals to actors' processes: here, or through Ray to other nodes of the cluster that this one is in.
+
+    Messages are harmed through Ray, by the actor itself.
+    """
 
     def __init__(self) -> None:
         self._here = {address.address for interface in psutil.net_if_addrs().values() for address in interface}
         self._stopped: list[psutil.Process] = []
         self._stopped_away: list[pb.ActorInfo] = []
 
-    async def send(self, actor: pb.ActorInfo, number: signal.Signals) -> None:
+    async def do(self, action: Action, actor: pb.ActorInfo) -> None:
         """A process that has ended meanwhile is no error. Raises CliError for one that cannot be reached."""
-        if actor.node_ip in self._here:
+        number = action.signal
+        if number is None:
+            await asyncio.to_thread(_harm_messages, actor, action)
+        elif actor.node_ip in self._here:
             self._send_here(actor, number)
-            return
-        await asyncio.to_thread(_send_away, actor, number)
-        if number is signal.SIGSTOP:
-            self._stopped_away.append(actor)
+        else:
+            await asyncio.to_thread(_send_away, actor, number)
+            if number is signal.SIGSTOP:
+                self._stopped_away.append(actor)
 
     def _send_here(self, actor: pb.ActorInfo, number: signal.Signals) -> None:
         try:
@@ -153,20 +181,42 @@ def _send_away(actor: pb.ActorInfo, number: signal.Signals) -> None:
     import ray  # takes a second, and is needed for several machines only
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    try:
-        if not ray.is_initialized():
-            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+    with _through_ray(actor):
         on_its_node = NodeAffinitySchedulingStrategy(actor.node_id, soft=False)
         task = ray.remote(num_cpus=0, max_retries=0)(_signal_process).options(scheduling_strategy=on_its_node)
         ray.get(task.remote(actor.pid, int(number)), timeout=_REMOTE_TIMEOUT_S)
+
+
+def _signal_process(pid: int, number: int) -> None:
+    with suppress(psutil.NoSuchProcess):
+        psutil.Process(pid).send_signal(number)
+
+
+def _harm_messages(actor: pb.ActorInfo, action: Action) -> None:
+    import ray
+
+    from actors.seats import find_actors
+
+    with _through_ray(actor):
+        found = find_actors("expert").get(actor.index, [])  # several, while one replaces another
+        script = (action.fault(actor.index),)
+        done = ray.get([one.go_wrong.remote(script) for one in found], timeout=_REMOTE_TIMEOUT_S)
+    if not all(done):
+        raise CliError(f"{action}: only sockets carry messages that can be harmed (transport.kind: p2p)")
+
+
+@contextmanager
+def _through_ray(actor: pb.ActorInfo) -> Iterator[None]:
+    """Connects to this machine's Ray. Raises CliError for whatever fails."""
+    import ray
+
+    try:
+        if not ray.is_initialized():
+            ray.init(address="auto", log_to_driver=False, logging_level=logging.ERROR)
+        yield
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise CliError(
             f"{actor.name} runs on {actor.node_ip} and cannot be reached through Ray; "
             f"start herder chaos on a node of the cluster ({first})"
         ) from None
-
-
-def _signal_process(pid: int, number: int) -> None:
-    with suppress(psutil.NoSuchProcess):
-        psutil.Process(pid).send_signal(number)

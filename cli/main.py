@@ -8,6 +8,7 @@ from cli.chaos import chaos
 from cli.chat import chat
 from cli.drain import drain
 from cli.eval import evaluate
+from cli.join import join
 from cli.move import move
 from cli.plan import plan
 from cli.rebalance import rebalance
@@ -16,6 +17,7 @@ from cli.scale import scale
 from cli.serve import serve
 from cli.status import status
 from cli.stop import stop
+from cli.up import up
 from cli.validate import validate
 
 app = typer.Typer(
@@ -25,6 +27,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.command()(serve)
+app.command()(up)
+app.command()(join)
 app.command()(chat)
 app.command()(status)
 app.command("eval")(evaluate)

@@ -1,4 +1,4 @@
-"""`herder render`: a configuration as the files of other tools."""
+"""`herder render`: the files of other tools, from a configuration where they depend on one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from cli.report import CliError, err, verb
 from cli.validate import ConfigPath, ModelDir, Settings
 from cluster.config import DeploymentConfig, load_config
 
-app = typer.Typer(help="Write a configuration as files for Ray Serve or Kubernetes.", no_args_is_help=True)
+app = typer.Typer(help="Write files for Ray Serve, Kubernetes or Grafana.", no_args_is_help=True)
 
 
 @app.command()
@@ -35,6 +35,20 @@ def serve(config: ConfigPath, model: ModelDir = None, settings: Settings = None)
 
     given = [*(settings or ()), *([] if model is None else [f"model.path={json.dumps(str(model.resolve()))}"])]
     typer.echo(to_yaml([serve_config(load_config(config, given))]), nl=False)
+
+
+@app.command()
+@verb
+def grafana() -> None:
+    """Print a dashboard for Grafana, over a Prometheus that scrapes Ray. Its data source is chosen in it.
+
+    Examples:
+
+        herder render grafana > herder-dashboard.json
+    """
+    from cluster.grafana import dashboard
+
+    typer.echo(dashboard(), nl=False)
 
 
 @app.command()

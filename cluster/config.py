@@ -97,6 +97,8 @@ class TransportConfig(_Section):
 
     kind: Literal["auto", "p2p", "all_to_all"] = "auto"  # auto: p2p between CPUs, all_to_all between GPUs
     deadline_s: Seconds = 5.0  # p2p: an expert actor that owes rows and gives no byte for so long is taken for dead
+    # p2p: so many parts of a step are under way at once; auto: 1 or 2, whichever is measured to be faster.
+    micro_batches: Literal["auto", 1, 2] = "auto"
     timeout_s: Seconds = 60.0  # all_to_all: for a collective, from its start to its end
 
 
@@ -140,6 +142,13 @@ class TlsConfig(_Section):
     client_ca: FilePath | None = None  # clients must then show a certificate signed by it
 
 
+class TracingConfig(_Section):
+    """OpenTelemetry traces of requests, sent by OTLP over HTTP. Off without an endpoint."""
+
+    endpoint: str | None = None  # a collector's, such as http://collector:4318: /v1/traces is put behind it
+    sample: Annotated[float, Field(ge=0, le=1)] = 1.0  # the part of the requests, where no caller has decided
+
+
 class GrpcConfig(_Section):
     """How gRPC is served: by Ray Serve's proxy, or by a server of each gateway replica's own (TLS, grpc.health.v1)."""
 
@@ -175,8 +184,11 @@ class DeploymentConfig(_Section):
     balance: BalanceConfig = BalanceConfig()
     vision: VisionConfig = VisionConfig()
     gateway: GatewayConfig = GatewayConfig()
+    tracing: TracingConfig = TracingConfig()
     placement_timeout_s: Seconds = 300.0  # for Ray to find room; an autoscaler needs minutes
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    log_format: Literal["text", "json"] = "text"
+    log_prompts: bool = False  # what clients ask, at level INFO; nothing of it is logged otherwise
 
     @model_validator(mode="after")
     def _check(self) -> DeploymentConfig:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cluster.config import DeploymentConfig
 
+_HTTP_URL = re.compile(r"https?://[^\s/?#]+(/[^\s?#]*)?")
 _HOST = re.compile(r"(\*\.)?([^\s/@*:\[\]?#]+|\[[0-9A-Fa-f:.]+\])(:\d{1,5})?")
 
 
@@ -27,6 +28,11 @@ def cross_problems(config: DeploymentConfig) -> Iterator[str]:
         yield "attention.num_gpus and experts.num_gpus must be equal: tokens travel between devices of one kind"
     if config.transport.kind == "p2p" and "cuda" in (config.attention.device, config.experts.device):
         yield "transport.kind p2p carries rows between CPUs only: with num_gpus above 0 use all_to_all, or auto"
+    if config.transport.micro_batches == 2 and config.transport_kind == "all_to_all":
+        yield (
+            "transport.micro_batches 2 needs transport.kind p2p: with all_to_all every member enters each layer's "
+            "collectives once a step"
+        )
     if config.experts.replicas > config.experts.actors:
         yield (
             f"experts.replicas ({config.experts.replicas}) must be at most experts.actors ({config.experts.actors}): "
@@ -62,5 +68,7 @@ def cross_problems(config: DeploymentConfig) -> Iterator[str]:
         yield f"gateway.grpc_port must differ from gateway.http_port ({config.gateway.http_port})"
     if config.gateway.grpc.tls is not None and config.gateway.grpc.mode == "serve":
         yield "gateway.grpc.tls needs gateway.grpc.mode to be standalone: Ray Serve's proxy has no TLS"
+    if config.tracing.endpoint is not None and not _HTTP_URL.fullmatch(config.tracing.endpoint):
+        yield f"tracing.endpoint must be a URL such as http://collector:4318, not {config.tracing.endpoint!r}"
     if not all(key.get_secret_value().strip() for key in config.gateway.api_keys):
         yield "gateway.api_keys must not hold an empty key"

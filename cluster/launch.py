@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
 import time
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
@@ -21,6 +23,7 @@ log = logging.getLogger("herder")
 
 NAMESPACE = "herder"
 CONTROLLER = "controller"  # the controller's name there
+AT_HEAD = {"node:__internal_head__": 0.001}  # what only the head's node has
 _START_ATTEMPTS = 3
 _START_PAUSE_S = 2.0
 ENVIRONMENT = {
@@ -33,6 +36,46 @@ ENVIRONMENT = {
 
 class PlacementError(RuntimeError):
     """The cluster has no room for a role's actors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A living node of a Ray cluster: its address, what it offers by name, and whether this process runs on it."""
+
+    address: str
+    resources: dict[str, float]
+    here: bool
+
+    @property
+    def offers(self) -> str:
+        """Its resources for a human being, without those that Ray adds to each node."""
+        return ", ".join(
+            f"{amount:g} {name}"
+            for name, amount in sorted(self.resources.items())
+            if ":" not in name and "memory" not in name
+        )
+
+
+def machines() -> list[Machine]:
+    """The machines of the Ray cluster that this one is part of."""
+    handler = signal.getsignal(signal.SIGTERM)
+    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+    try:
+        own_id = ray.get_runtime_context().get_node_id()
+        return [
+            Machine(node["NodeManagerAddress"], node["Resources"], node["NodeID"] == own_id)
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
+            if node["Alive"]
+        ]
+    finally:
+        ray.shutdown()
+        signal.signal(signal.SIGTERM, handler)  # Ray has replaced it
+
+
+def own_address() -> str:
+    """The address under which other machines reach this one, as far as routes tell."""
+    address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 def connect(config: DeploymentConfig, address: str | None) -> None:

@@ -17,6 +17,7 @@ import yaml
 from cluster import manifests_base, manifests_watch
 from cluster.config import DeploymentConfig
 from cluster.config_errors import ConfigError
+from cluster.grafana import DASHBOARD_FILE, dashboard
 from cluster.manifests_pods import IMAGE, NAME, Manifest
 from cluster.manifests_ray import Target, head_spec, in_containers, pods, worker_spec
 from cluster.manifests_serve import serve_config
@@ -54,7 +55,11 @@ def _base() -> dict[PurePosixPath, str]:
 
 def _monitoring() -> dict[PurePosixPath, str]:
     resources = {"monitors.yaml": manifests_watch.pod_monitors(), "alerts.yaml": [manifests_watch.alerts()]}
-    return _folder("monitoring", {"resources": list(resources)}, resources)
+    # Grafana's sidecar takes dashboards from ConfigMaps with this label.
+    options = {"disableNameSuffixHash": True, "labels": {"app": NAME, "grafana_dashboard": "1"}}
+    generated = [{"name": "herder-dashboard", "files": [DASHBOARD_FILE], "options": options}]
+    kustomization = {"resources": list(resources), "configMapGenerator": generated}
+    return _folder("monitoring", kustomization, resources) | {PurePosixPath("monitoring", DASHBOARD_FILE): dashboard()}
 
 
 def _overlay(config: DeploymentConfig, target: Target, name: str, made_by: str) -> dict[PurePosixPath, str]:

@@ -74,7 +74,7 @@ class P2PDispatcher:
         self._under_way: set[Batch] = set()
         self._sending: set[Link] = set()  # those whose kernel buffers are full
         self._orphans: deque[Part] = deque()
-        self._lost: list[tuple[int, int]] = []  # row, rows of its batch
+        self._lost: list[tuple[int, int]] = []  # of combined batches: row, rows of its batch
         self._counts: dict[int, memoryview] = {}  # stats.rows_E, cheap to add to
 
     @property
@@ -166,11 +166,12 @@ class P2PDispatcher:
             while ticket.open_parts:
                 self._pump()
             self.stats.wait_s += self._clock() - start
+        self._lost += [(row, ticket.num_rows) for row in ticket.lost_rows]
         return ticket.results()
 
     def take_lost(self, num_tokens: int) -> frozenset[int]:
-        """Tokens, out of the `num_tokens` of the step that has just been run, of which a row came back as zeros because
-        no holder of its expert could be reached since the last call."""
+        """Tokens, out of the `num_tokens` of each batch combined since the last call, of which a row came back as zeros
+        because no holder of its expert could be reached."""
         lost, self._lost = self._lost, []
         return frozenset(row * num_tokens // rows for row, rows in lost)
 
@@ -204,7 +205,6 @@ class P2PDispatcher:
 
     def _give_up(self, batch: Batch, rows: list[int]) -> None:
         batch.lost_rows += rows
-        self._lost += [(row, batch.num_rows) for row in rows]
         self.stats.lost_rows += len(rows)
 
     def _connections_changed(self) -> None:

@@ -22,6 +22,7 @@ from engine.request import SHUTTING_DOWN, EngineLoad, ErrorCode, FinishReason, R
 from engine.scheduler import Scheduler
 from engine.sequence import ScheduledSequence
 from engine.step import Stepper
+from engine.timeline import Timelines
 
 _RATE_WINDOW_S = 5.0
 
@@ -88,6 +89,7 @@ class Engine:
     Args:
         gate: when to step; see `StepGate`.
         deliver: gets the outputs of each step, on the engine's thread; must not block.
+        timelines: of the requests that are timed.
 
     Attributes:
         drained: set when, after `drain`, the last request has ended and its last output is delivered.
@@ -100,12 +102,14 @@ class Engine:
         gate: StepGate,
         deliver: Callable[[list[RequestOutput]], None],
         clock: Callable[[], float] = time.time,
+        timelines: Timelines | None = None,
     ) -> None:
         self._scheduler = scheduler
         self._stepper = stepper
         self._gate = gate
         self._deliver = deliver
         self._clock = clock
+        self._timelines = timelines or Timelines(clock)
         self._lock = threading.Lock()
         self.drained = threading.Event()
         self._arrived: list[tuple[Request, Matcher | None, PromptPatches | None]] = []
@@ -140,6 +144,7 @@ class Engine:
                 ).rejection(field="request_id")
             self._scheduler.check(request, queued=len(self._arrived) + len(self._scheduler.waiting))
             self._known.add(request.request_id)
+            self._timelines.queue(request)
             self._arrived.append((request, matcher, patches))
         self._gate.ring()
 
@@ -236,6 +241,7 @@ class Engine:
             alarm.cancel()
 
     def _step(self, scheduled: Sequence[ScheduledSequence]) -> None:
+        self._timelines.start(scheduled)
         result = self._stepper.step(scheduled)
         computed = [item for item in scheduled if item.sequence not in result.parked]
         self._count(computed, result.outputs)
@@ -279,7 +285,7 @@ class Engine:
         with self._lock:
             self._known.difference_update(finished)
         if outputs:
-            self._deliver(outputs)
+            self._deliver(self._timelines.stamp(outputs))
         if finished:
             with self._lock:
                 if self._draining and not self._known:

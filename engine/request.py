@@ -167,7 +167,7 @@ class Request:
     `priority`: lower ones run first. Requests share cached prefixes only with those of the same `cache_salt`.
     `generated_token_ids`: the beginning of the answer, which another engine has generated and the client has; this one
     goes on behind it, and what it has said of the prompt is not said again. `images`: in the order of their places,
-    which do not overlap.
+    which do not overlap. `timed`: its last output has a `timeline`.
     """
 
     request_id: str
@@ -180,6 +180,34 @@ class Request:
     grammar: Grammar | None = None
     generated_token_ids: tuple[int, ...] = ()
     images: tuple[PromptImage, ...] = ()
+    timed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertSeconds:
+    """Seconds of an engine's steps that went into handing rows out to experts, and into waiting for their outputs."""
+
+    dispatch: float = 0.0
+    combine: float = 0.0
+
+    def since(self, before: ExpertSeconds) -> ExpertSeconds:
+        return ExpertSeconds(self.dispatch - before.dispatch, self.combine - before.combine)
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """When a request came to what in one engine, in Unix seconds; None for what it did not come to.
+
+    `started`: its first step. `prefill` (until `first_token`) and `decode` (from there on): what the engine's steps
+    spent on experts meanwhile, for this request and for those beside it.
+    """
+
+    queued: float
+    started: float | None
+    first_token: float | None
+    ended: float
+    prefill: ExpertSeconds = ExpertSeconds()
+    decode: ExpertSeconds = ExpertSeconds()
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +236,7 @@ class RequestOutput:
     stop_token_id: int | None = None
     error: RequestError | None = None
     cached_tokens: int = 0
+    timeline: Timeline | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.bitmask import allocate_masks
 from engine.grammar import GrammarError, Matcher
+from engine.micro_batching import MicroBatching
 from engine.patches import PromptPatches
 from engine.penalties import Penalties
 from engine.request import ErrorCode, FinishReason, Request, RequestError, RequestOutput, TokenLogprob
@@ -20,6 +21,7 @@ from engine.sampler import SampleRow, sample, token_logprobs
 from engine.sequence import ScheduledSequence, Sequence
 from llama4.decoder import Decoder
 from llama4.kv_pages import Batch, InputRows, KVPages, Segment
+from llama4.micro_batches import MicroBatchDispatcher, halve
 from llama4.moe import Dispatcher
 
 _SCORED_ROWS = 128  # of a prompt at a time: a long prompt's logits would take gigabytes
@@ -50,13 +52,24 @@ class StepResult:
 
 
 class Stepper:
-    """Runs steps over one model, its KV pages and the experts behind a dispatcher."""
+    """Runs steps over one model, its KV pages and the experts behind a dispatcher.
 
-    def __init__(self, decoder: Decoder, kv: KVPages, dispatcher: Dispatcher, max_context: int) -> None:
+    `micro_batching`: into how many micro-batches steps are cut; None: one.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: KVPages,
+        dispatcher: Dispatcher,
+        max_context: int,
+        micro_batching: MicroBatching | None = None,
+    ) -> None:
         self._decoder = decoder
         self._kv = kv
         self._dispatcher = dispatcher
         self._max_context = max_context
+        self._micro_batching = micro_batching or MicroBatching(1)
         self._answers: dict[str, _Answer] = {}
         self._patches: dict[str, PromptPatches] = {}
 
@@ -85,8 +98,9 @@ class Stepper:
         Raises GroupBroken when the experts cannot be reached: then nothing has changed, and it can be run again.
         """
         batch = self._batch(scheduled)
-        hidden_TD = self._decoder(batch, self._kv, self._dispatcher)
-        lost = self._dispatcher.take_lost(len(batch.token_ids_T))
+        hidden_TD, lost = self._micro_batching.run(
+            len(batch.token_ids_T), len(batch.segments), lambda number: self._forward(batch, number)
+        )
         rows = list(zip(scheduled, batch.segments, strict=True))
         parked = frozenset(
             item.sequence
@@ -101,6 +115,17 @@ class Stepper:
         last_rows = torch.tensor([segment.start + segment.length - 1 for _, segment in done], device=hidden_TD.device)
         logits_NV = self._decoder.logits(hidden_TD[last_rows])
         return StepResult(self._sample([item.sequence for item, _ in done], logits_NV), parked)
+
+    def _forward(self, batch: Batch, micro_batches: int) -> tuple[Tensor, frozenset[int]]:
+        """The rows' hidden states h_TD, and the rows that are lost."""
+        if micro_batches == 1:
+            hidden_TD = self._decoder(batch, self._kv, self._dispatcher)
+            return hidden_TD, self._dispatcher.take_lost(len(batch.token_ids_T))
+        halves = halve(batch)
+        first, second = sizes = [len(half.token_ids_T) for half in halves]
+        ways = [MicroBatchDispatcher(self._dispatcher, size) for size in sizes]
+        hidden_TD = self._decoder.micro_batches(list(zip(halves, ways, strict=True)), self._kv)
+        return hidden_TD, ways[0].take_lost(first) | {first + row for row in ways[1].take_lost(second)}
 
     def _batch(self, scheduled: Seq[ScheduledSequence]) -> Batch:
         token_ids: list[int] = []

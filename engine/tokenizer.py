@@ -7,12 +7,14 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from jinja2.exceptions import TemplateError
-from transformers import PreTrainedTokenizerFast
 
 from engine.request import RequestRejected
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 def _byte_of_symbol() -> dict[str, int]:
@@ -84,6 +86,9 @@ class Tokenizer:
         file = Path(path) / "tokenizer.json"
         if not file.is_file():
             return None
+        # It takes a second, which processes that only may need a tokenizer should not pay.
+        from transformers import PreTrainedTokenizerFast
+
         try:
             fast = PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
         except Exception as error:  # the Rust side raises bare Exception for a broken file

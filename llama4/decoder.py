@@ -5,7 +5,7 @@ Shapes: T rows of the step, N chosen rows, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from llama4.config import TextConfig
 from llama4.kv_pages import Batch, KVPages
 from llama4.linear import linear
 from llama4.memory import zeros
-from llama4.moe import MLP, Dispatcher, MoE
+from llama4.micro_batches import in_turn
+from llama4.moe import MLP, Dispatcher, Flow, MoE
 from llama4.norm import RMSNorm
 from llama4.plan import StepPlan, plan_step
 from llama4.rope import inverse_frequencies
@@ -42,11 +43,13 @@ class Layer:
         yield f"{prefix}.post_attention_layernorm.weight", self.feed_forward_norm.weight
         yield from self.feed_forward.tensors(f"{prefix}.feed_forward")
 
-    def __call__(self, h_TD: Tensor, plan: StepPlan, kv: KVPages, dispatcher: Dispatcher) -> Tensor:
+    def flow(self, h_TD: Tensor, plan: StepPlan, kv: KVPages, dispatcher: Dispatcher) -> Flow:
+        """The next residual stream; pauses when its rows are with the experts."""
         h_TD = self.attention(self.attention_norm(h_TD), plan, kv).add_(h_TD)
         x_TD = self.feed_forward_norm(h_TD)
         if isinstance(self.feed_forward, MoE):
-            return self.feed_forward(x_TD, dispatcher).add_(h_TD)
+            y_TD = yield from self.feed_forward.flow(x_TD, dispatcher)
+            return y_TD.add_(h_TD)
         return self.feed_forward(x_TD).add_(h_TD)
 
 
@@ -80,10 +83,20 @@ class Decoder:
 
         `dispatcher` reaches the experts, for this step; without rows it is still called once per MoE layer, in order.
         """
+        return in_turn([self._flow(batch, kv, dispatcher)])[0]
+
+    def micro_batches(self, parts: Sequence[tuple[Batch, Dispatcher]], kv: KVPages) -> Tensor:
+        """One step in parts, whose attention and experts overlap: the h_TD of all parts, one after the other.
+
+        No part may attend to what another one writes.
+        """
+        return torch.cat(in_turn([self._flow(batch, kv, dispatcher) for batch, dispatcher in parts]))
+
+    def _flow(self, batch: Batch, kv: KVPages, dispatcher: Dispatcher) -> Flow:
         plan = plan_step(self.config, batch, kv.page_size, self._frequencies_F, self._embedding.dtype)
         h_TD = self._embed(batch)
         for layer in self._layers:
-            h_TD = layer(h_TD, plan, kv, dispatcher)
+            h_TD = yield from layer.flow(h_TD, plan, kv, dispatcher)
         return self._norm(h_TD)
 
     def _embed(self, batch: Batch) -> Tensor:

@@ -5,7 +5,7 @@ Shapes: T tokens, N rows, D model width, I an MLP's width, E experts, K experts 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -17,6 +17,7 @@ from llama4.linear import grouped_linear, linear
 from llama4.memory import zeros
 
 Ticket: TypeAlias = Any  # what a dispatcher needs to combine later; opaque here
+Flow: TypeAlias = Generator[None, None, Tensor]  # a computation that pauses when its rows are with the experts
 
 
 class Dispatcher(Protocol):
@@ -31,8 +32,8 @@ class Dispatcher(Protocol):
     def take_lost(self, num_tokens: int) -> frozenset[int]:
         """Tokens, out of the `num_tokens` of the step that has just been run, that have to be computed again.
 
-        They are those of which some row found no living holder of its expert since the last call; what they gave is
-        meaningless.
+        They are those of which some row found no living holder of its expert, in the batches that were combined since
+        the last call; what they gave is meaningless.
         """
         ...
 
@@ -71,7 +72,8 @@ class MoE:
         yield f"{prefix}.router.weight", self.router
         yield from self.shared_expert.tensors(f"{prefix}.shared_expert")
 
-    def __call__(self, x_TD: Tensor, dispatcher: Dispatcher) -> Tensor:
+    def flow(self, x_TD: Tensor, dispatcher: Dispatcher) -> Flow:
+        """The layer's output y_TD; pauses once, before it waits for the experts."""
         logits_TE = F.linear(x_TD, self.router)
         if self._top_k == 1:  # half the time of topk
             chosen_TK, expert_ids_TK = logits_TE.max(dim=-1, keepdim=True)
@@ -85,6 +87,7 @@ class MoE:
         else:
             ticket = dispatcher.dispatch(x_TD, expert_ids_TK, self._layer)
         y_TD = self.shared_expert(x_TD)
+        yield
         routed: Tensor = dispatcher.combine(ticket)
         if self._scores_on_input:
             routed = routed.view(*expert_ids_TK.shape, x_TD.shape[-1])

@@ -7,11 +7,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 from dispatch.local import LocalDispatcher
 from engine.engine import Engine, SoloGate, StepGate
+from engine.micro_batching import MicroBatching
 from engine.pages import LayerGroup, PageAllocator
 from engine.request import Request, RequestOutput
 from engine.scheduler import Limits, Scheduler
@@ -33,6 +35,7 @@ class SingleProcess:
         pages: int = 512,
         max_batch_tokens: int = 256,
         max_running: int = 64,
+        micro_batches: Literal[1, 2] = 1,
         gate: StepGate | None = None,
         wrap: Callable[[Dispatcher], Dispatcher] = lambda dispatcher: dispatcher,
     ) -> None:
@@ -52,7 +55,8 @@ class SingleProcess:
             clock=time.time,
         )
         dispatcher = wrap(LocalDispatcher(experts, config.num_local_experts))
-        stepper = Stepper(decoder, kv, dispatcher, config.max_position_embeddings)
+        micro_batching = MicroBatching(micro_batches)
+        stepper = Stepper(decoder, kv, dispatcher, config.max_position_embeddings, micro_batching)
         self.config = config
         self.scheduler = scheduler
         self.engine = Engine(scheduler, stepper, gate or SoloGate(), self._deliver)

@@ -14,6 +14,7 @@ class FakeEncoder:
 
     def __init__(self, nbytes: int = 10) -> None:
         self.asked: list[bytes] = []
+        self.traceparents: list[str | None] = []
         self.open = asyncio.Event()
         self.open.set()
         self.unreadable: set[bytes] = set()  # files
@@ -24,8 +25,9 @@ class FakeEncoder:
         """The next calls end like this."""
         self._failures = iter(errors)
 
-    async def __call__(self, digest: bytes, data: bytes) -> EncodedImage | RequestRejected:
+    async def __call__(self, digest: bytes, data: bytes, traceparent: str | None) -> EncodedImage | RequestRejected:
         self.asked.append(digest)
+        self.traceparents.append(traceparent)
         name = f"{digest.decode()}#{len(self.asked)}"
         await self.open.wait()
         if (error := next(self._failures, None)) is not None:

@@ -57,7 +57,7 @@ async def test_calls_belong_to_no_request():
     """Serve knows by context variables which request a call is part of."""
     mine = contextvars.ContextVar("mine", default="nobody's")
 
-    async def encode(digest: bytes, data: bytes) -> EncodedImage:
+    async def encode(digest: bytes, data: bytes, traceparent: str | None) -> EncodedImage:
         return EncodedImage(mine.get(), 1)  # type: ignore[arg-type]
 
     mine.set("the request's")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.distributed_engine import Roles, Work, measure
+from bench.distributed_engine import Roles, Transport, Work, hidden_share, measure
 from bench.local_engine import LocalEngine, Shape, single_process
 from bench.stopwatch import stopwatch
 from llama4.decoder import Decoder
@@ -60,7 +60,9 @@ def test_a_stopwatch_adds_up_calls() -> None:
 
 
 @pytest.mark.cluster
-def test_the_distributed_engine_decodes(mini: Path) -> None:
-    runs = measure(mini, SHAPE, Work((1, 3), context=20, steps=4), Roles(1, 1, "passive"))
+@pytest.mark.parametrize("transport", ["p2p", "gloo"])
+def test_the_distributed_engine_decodes(mini: Path, transport: Transport) -> None:
+    runs = measure(mini, SHAPE, Work((1, 3), context=20, steps=4), Roles(1, 1, "passive"), transport)
     assert [(run.batch, len(run.seconds)) for run in runs] == [(1, 4), (3, 4)]
     assert all(run.parts["combine"] > 0 and run.parts["dispatch"] > 0 for run in runs)
+    assert all(0 < hidden_share(run) < 1 for run in runs)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from cli import chaos_harm
 from cli.chaos import seconds
-from cli.chaos_harm import Action, Hand, Look, choose, in_random_order, is_whole
+from cli.chaos_harm import ENDING, Action, Hand, Look, choose, in_random_order, is_whole
 from cli.chaos_streams import AnswerLost, Prompt, answer, keep_asking, make_prompts, undisturbed
 from cli.chaos_tally import Harm, Tally, duration, spread
 from cli.endpoint import Server
@@ -193,7 +193,7 @@ CREW = (actor(1, 0, 10), actor(2, 0, 20), actor(2, 1, 21), actor(3, 0, 30, "read
 
 def test_actions() -> None:
     order = in_random_order(list(Action), random.Random(1))
-    assert all(sorted(islice(order, 4)) == sorted(Action) for _ in range(20))
+    assert all(sorted(islice(order, 6)) == sorted(Action) for _ in range(20))
     rng = random.Random(1)
     victims = {action: {choose(action, CREW, rng).pid for _ in range(50)} for action in Action}
     assert victims == {
@@ -201,6 +201,8 @@ def test_actions() -> None:
         Action.STOP_EXPERT: {20, 21},
         Action.KILL_ATTENTION: {10},
         Action.KILL_CONTROLLER: {30},
+        Action.DROP_EXPERT: {20, 21},
+        Action.DELAY_EXPERT: {20, 21},
     }
     with pytest.raises(CliError, match="kill-controller: the server has no controller actor whose process is known"):
         choose(Action.KILL_CONTROLLER, CREW[:3], rng)
@@ -211,10 +213,26 @@ async def test_signals_for_other_machines(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(chaos_harm, "_send_away", lambda actor, number: sent.append((actor.pid, number)))
     away = [pb.ActorInfo(node_ip="192.0.2.1", pid=pid) for pid in (1, 2)]
     hand = Hand()
-    await hand.send(away[0], Action.KILL_EXPERT.signal)
-    await hand.send(away[1], Action.STOP_EXPERT.signal)
+    await hand.do(Action.KILL_EXPERT, away[0])
+    await hand.do(Action.STOP_EXPERT, away[1])
     hand.let_go()
     assert sent == [(1, signal.SIGKILL), (2, signal.SIGSTOP), (2, signal.SIGCONT)]
+
+
+async def test_messages_are_harmed_by_their_sender(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(chaos_harm, "_harm_messages", lambda *harm: asked.append(harm))
+    hand = Hand()
+    for action in (Action.DROP_EXPERT, Action.DELAY_EXPERT):
+        await hand.do(action, CREW[2])
+    hand.let_go()
+    assert asked == [(CREW[2], Action.DROP_EXPERT), (CREW[2], Action.DELAY_EXPERT)]
+    faults = [action.fault(1) for _, action in asked]
+    assert [(fault.action, fault.role, fault.member) for fault in faults] == [
+        ("drop", "expert", 1),
+        ("delay", "expert", 1),
+    ]
+    assert set(Action) - set(ENDING) == {Action.DROP_EXPERT, Action.DELAY_EXPERT}
 
 
 @pytest.mark.parametrize(
@@ -233,6 +251,12 @@ async def test_signals_for_other_machines(monkeypatch: pytest.MonkeyPatch) -> No
 )
 def test_full_strength(now: Look, whole: bool) -> None:
     assert is_whole(Look(True, "", CREW, 8), now, CREW[1]) is whole
+
+
+def test_full_strength_when_nobody_was_ended() -> None:
+    before = Look(True, "", CREW, 8)
+    assert is_whole(before, before, None)
+    assert not is_whole(before, Look(True, "", (*CREW[:2], *CREW[3:]), 8), None)
 
 
 # ---- Ctrl-C

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -69,6 +71,25 @@ def test_the_checkpoint_says_whether_it_sees(cli: CliRunner, config_file: Path, 
         service = yaml.safe_load((out / "overlays" / "deployment" / "rayservice.yaml").read_text())
         groups = [group["groupName"] for group in service["spec"]["rayClusterConfig"]["workerGroupSpecs"]]
         assert ("vision" in groups) == seen
+
+
+def test_the_dashboard_is_a_grid_of_panels_over_a_source_of_the_readers_choice(cli: CliRunner) -> None:
+    printed = cli.invoke(app, ["grafana"]).stdout
+    assert printed == (ROOT / "k8s" / "monitoring" / "herder-dashboard.json").read_text()
+    dashboard = json.loads(printed)
+    [source] = dashboard["templating"]["list"]
+    assert (source["type"], source["query"]) == ("datasource", "prometheus")
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        cells = set(product(range(place["x"], place["x"] + place["w"]), range(place["y"], place["y"] + place["h"])))
+        assert max(x for x, _ in cells) < 24 and taken.isdisjoint(cells), panel["title"]
+        taken |= cells
+        assert panel["type"] == "row" or panel["datasource"]["uid"] == f"${{{source['name']}}}"
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(set(ids)) == len(ids)
+    titles = {panel["title"]: panel["type"] for panel in dashboard["panels"]}
+    assert titles["Load per expert"] == "heatmap"
 
 
 @pytest.mark.parametrize(

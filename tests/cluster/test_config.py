@@ -78,6 +78,15 @@ def test_sockets_carry_no_rows_between_gpus(tmp_path: Path) -> None:
     ]
 
 
+def test_two_micro_batches_need_sockets(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, MINIMAL), ["transport.micro_batches=2"]).transport.micro_batches == 2
+    text = "transport: {kind: all_to_all, micro_batches: 2}\n"
+    assert problems(tmp_path, MINIMAL + text) == [
+        "transport.micro_batches 2 needs transport.kind p2p: with all_to_all every member enters each layer's "
+        "collectives once a step"
+    ]
+
+
 def test_config_is_frozen_and_travels(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, MINIMAL))
     with pytest.raises(ValidationError):
@@ -198,6 +207,14 @@ def test_a_context_longer_than_the_cache_is_refused(tmp_path: Path) -> None:
     assert found == [
         "model.max_context (4096) must be at most engine.kv_tokens (1024): a longer request could never run"
     ]
+
+
+@pytest.mark.parametrize("endpoint", ["collector:4318", "grpc://collector:4317", "http://"])
+def test_traces_go_to_a_url(tmp_path: Path, endpoint: str) -> None:
+    assert problems(tmp_path, MINIMAL, f"tracing.endpoint='{endpoint}'") == [
+        f"tracing.endpoint must be a URL such as http://collector:4318, not '{endpoint}'"
+    ]
+    assert problems(tmp_path, MINIMAL, "tracing.sample=1.5") == ["tracing.sample must be at most 1, not 1.5"]
 
 
 def test_all_faults_come_at_once(tmp_path: Path) -> None:

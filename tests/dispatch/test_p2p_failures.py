@@ -97,6 +97,27 @@ def test_messages_that_fail_on_the_way_out(servers: Servers, action: str) -> Non
     rank.close()
 
 
+@pytest.mark.parametrize("expert_map", [BOTH, APART])
+def test_a_server_killed_between_two_micro_batches(servers: Servers, expert_map: ExpertMap) -> None:
+    """What each has lost is told apart, though they have other numbers of tokens."""
+    rank = Attention(0)
+    with process(0, expert_map, [Fault("stop", "expert", 0, step=1)]) as (pid, address):
+        rank.adopt(Topology(expert_map, {0: address, 1: servers.start(1, expert_map)}, SECRET))
+        batches = [batch(tokens, 2, seed) for tokens, seed in ((24, 0), (9, 1))]
+        rank.gate.begin(33, leaving=False)
+        first = rank.dispatcher.dispatch(*batches[0], LAYER)  # its part on slot 0 is never answered
+        os.kill(pid, signal.SIGKILL)
+        tickets = [first, rank.dispatcher.dispatch(*batches[1], LAYER)]
+        for ticket, (x_TD, ids_TK) in zip(tickets, batches, strict=True):
+            y_TKD, wanted_TKD = rank.dispatcher.combine(ticket), expected(x_TD, ids_TK, LAYER)
+            if expert_map is BOTH:
+                assert torch.equal(y_TKD, wanted_TKD) and not rank.dispatcher.take_lost(len(x_TD))
+            else:
+                assert_lost(rank, y_TKD, wanted_TKD, ids_TK, slot=0)
+        assert len(rank.losses) == 1
+    rank.close()
+
+
 def test_delays_within_the_deadline_lose_nothing(servers: Servers) -> None:
     late = [Fault("delay", "expert", 0, seconds=0.1, times=2), Fault("delay", "attention", 0, seconds=0.1)]
     rank = Attention(0, deadline_s=1, script=late)

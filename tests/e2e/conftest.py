@@ -26,11 +26,16 @@ def free_port() -> int:
 _kept: list[Deployment] = []  # the plain deployment, for the modules that want it one after the other
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The soak takes its minutes with or without another worker's tests beside it: it comes first."""
+    items.sort(key=lambda item: item.path.name != "test_soak.py")
+
+
 def start(*settings: str, address: str | None = None) -> Deployment:
-    """The tiny deployment under these settings."""
+    """The tiny deployment under these settings, without an image encoder until one is asked for."""
     end_kept()
-    ports = (f"gateway.http_port={free_port()}", f"gateway.grpc_port={free_port()}")
-    return launch(load_config(CONFIG, [*ports, *settings]), address=address)
+    common = (f"gateway.http_port={free_port()}", f"gateway.grpc_port={free_port()}", "vision.min_replicas=0")
+    return launch(load_config(CONFIG, [*common, *settings]), address=address)
 
 
 def end_kept() -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
@@ -21,7 +22,7 @@ from ray.util import placement_group_table
 from ray.util.state import list_actors
 
 from herder.v1 import control_pb2, control_pb2_grpc, inference_pb2, inference_pb2_grpc
-from tests.e2e.conftest import CONFIG, ROOT, free_port
+from tests.e2e.conftest import CONFIG, ROOT, end_kept, free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(600)]
 
@@ -34,9 +35,11 @@ QUESTION = {"model": "tiny", "messages": [{"role": "user", "content": "17+25="}]
 
 @dataclass
 class RayCluster:
-    """One node, started by `ray start`; `file` is where Serve configurations are written for it."""
+    """One node, started by `ray start`, at which this process looks on.
 
-    address: str
+    `file` is where Serve configurations are written for it.
+    """
+
     dashboard: str
     file: Path
     http: str = field(default_factory=lambda: f"127.0.0.1:{free_port()}")
@@ -77,12 +80,17 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
         f"--ray-client-server-port={free_port()}", "--node-ip-address=127.0.0.1",
     ]  # fmt: skip
-    with (folder / "ray.log").open("w") as log:
-        node = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT)
+    end_kept()
+    # Apart from the Ray of other tests; its sockets' paths must be short.
+    apart = TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
+    with apart, (folder / "ray.log").open("w") as log:
+        environment = ENVIRONMENT | {"RAY_TMPDIR": apart.name}
+        node = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
         try:
             url = f"http://127.0.0.1:{dashboard}"
             until(lambda: node.poll() is None and answers(f"{url}/api/gcs_healthz"), "Ray's dashboard")
-            yield RayCluster(f"127.0.0.1:{port}", url, folder / "serve.yaml")
+            ray.init(address=f"127.0.0.1:{port}", namespace="looks-on", log_to_driver=False)
+            yield RayCluster(url, folder / "serve.yaml")
         finally:
             ray.shutdown()
             processes = psutil.Process(node.pid).children(recursive=True)
@@ -144,7 +152,7 @@ def balance_mode(cluster: RayCluster) -> int:
 
 
 def replica_pids(name: str) -> list[int]:
-    found = list_actors(filters=[("state", "=", "ALIVE")])
+    found = list_actors(address=ray.get_runtime_context().gcs_address, filters=[("state", "=", "ALIVE")])
     return [actor.pid for actor in found if str(actor.name or "").startswith(f"SERVE_REPLICA::herder#{name}#")]
 
 
@@ -161,9 +169,15 @@ def reserved() -> list[str]:
 @pytest.fixture(scope="module")
 def deployed(cluster: RayCluster) -> RayCluster:
     cluster.deploy(cluster.rendered())
-    ray.init(address=cluster.address, namespace="looks-on", log_to_driver=False)
     until(lambda: running(cluster), "the application")
     return cluster
+
+
+def test_a_configuration_that_cannot_start_leaves_nothing(cluster: RayCluster) -> None:
+    cluster.deploy(cluster.rendered("experts.num_cpus=99", "placement_timeout_s=1"))
+    until(lambda: cluster.applications()["herder"]["status"] == "DEPLOY_FAILED", "the failure")
+    assert "experts.actors: no room" in str(cluster.applications()["herder"])
+    until(lambda: not herder_actors() and not reserved(), "an end of what was begun")
 
 
 def test_it_answers_over_both_endpoints(deployed: RayCluster) -> None:
@@ -213,6 +227,10 @@ def test_a_changed_gateway_leaves_the_actors_alone(deployed: RayCluster) -> None
     assert ask(deployed) == "42"
 
 
+def herder_names() -> set[str]:
+    return {name.partition("@")[0] for name in herder_actors()}
+
+
 def test_other_actors_begin_anew(deployed: RayCluster) -> None:
     before = pids(deployed)
     deployed.deploy(deployed.rendered("experts.actors=3"))
@@ -222,28 +240,7 @@ def test_other_actors_begin_anew(deployed: RayCluster) -> None:
     assert ask(deployed) == "42"
 
 
-def herder_names() -> set[str]:
-    return {name.partition("@")[0] for name in herder_actors()}
-
-
-def test_without_the_application_no_actor_is_left(deployed: RayCluster) -> None:
-    assert {"controller", "attention-0", "expert-1"} <= herder_names()
-    deployed.deploy(deployed.rendered() | {"applications": []})
-    until(lambda: not deployed.applications(), "the application's end")
-    assert herder_actors() == set() and reserved() == []
-
-
-def test_a_configuration_that_cannot_start_leaves_nothing(deployed: RayCluster) -> None:
-    broken = deployed.rendered("experts.num_cpus=99", "placement_timeout_s=1")
-    deployed.deploy(broken)
-    until(lambda: deployed.applications()["herder"]["status"] == "DEPLOY_FAILED", "the failure")
-    assert "experts.actors: no room" in str(deployed.applications()["herder"])
-    until(lambda: not herder_actors() and not reserved(), "an end of what was begun")
-    deployed.deploy(deployed.rendered())
-    until(lambda: running(deployed), "the application")
-    assert ask(deployed) == "42"
-
-
 def test_a_shutdown_of_serve_leaves_nothing(deployed: RayCluster) -> None:
+    assert {"controller", "attention-0", "expert-1"} <= herder_names()
     deployed.serve("shutdown", "--yes")
     until(lambda: not herder_actors() and not reserved(), "the actors' end")

@@ -17,6 +17,8 @@ import ray
 from ray.util.state import list_actors
 
 from actors.deployment import Deployment
+from actors.seats import find_actors
+from dispatch.faults import Fault
 from tests.e2e.conftest import running
 from tests.e2e.harm import Control, disturbed, harm_to, undisturbed
 from tests.e2e.streams import Stream, run_streams
@@ -91,6 +93,28 @@ def test_two_in_a_row(deployment, control, expected):
 
     disturbed(deployment.grpc_address, harm, expected)
     control.until_whole(pids)
+
+
+def test_messages_are_dropped_and_late(deployment, control, expected):
+    """On the links of all six actors, both ways."""
+    before = control.info()
+    script = (
+        Fault("drop", "attention", 0, times=2),
+        Fault("delay", "attention", 1, seconds=0.02, times=20),
+        Fault("drop", "expert", 1, times=2),
+        *(Fault("delay", "expert", slot, seconds=0.02, times=20) for slot in (0, 2, 3)),
+    )
+    members = [actor for role in ("attention", "expert") for found in find_actors(role).values() for actor in found]
+
+    def harm() -> float:
+        assert all(ray.get([member.go_wrong.remote(script) for member in members]))
+        return time.monotonic()
+
+    disturbed(deployment.grpc_address, harm, expected)
+    control.until_whole()
+    after = control.info()
+    assert {actor.pid for actor in after.actors} == {actor.pid for actor in before.actors}  # nobody was ended for it
+    assert after.epoch > before.epoch  # though the links were given up
 
 
 @pytest.mark.parametrize("kind", ["ServeReplica:herder:gateway", "ProxyActor"])

@@ -150,7 +150,8 @@ class Serve:
 
 @pytest.mark.parametrize("by", ["SIGINT", "stop"])  # herder stop sends SIGTERM
 def test_serve_ends_without_leaving_a_process(checkpoint, tmp_path, by):
-    serve = Serve("--model", str(checkpoint), runtime=tmp_path)
+    few = ("--set", "attention.actors=1", "--set", "experts.actors=1")
+    serve = Serve("--model", str(checkpoint), *few, runtime=tmp_path)
     try:
         processes = serve.until_up()
         assert len(processes) > 6

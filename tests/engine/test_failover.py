@@ -131,6 +131,17 @@ def test_lost_rows_do_not_show(checkpoint, engine, seed, often):
     run_through(checkpoint, engine, seed, Script(loses=loses))
 
 
+@settings(max_examples=8)
+@given(seed=st.integers(0, 10**6), often=st.floats(0, 0.03), breaks=st.frozensets(st.integers(0, 40)))
+def test_two_micro_batches_do_not_show(checkpoint, engine, seed, often, breaks):
+    """Nor do lost rows and steps that break between them."""
+
+    def loses(dispatch: int, row: int) -> bool:
+        return random.Random(f"{seed} {dispatch} {row}").random() < often
+
+    run_through(checkpoint, engine, seed, Script(breaks, loses), micro_batches=2)
+
+
 def test_both_beside_preemption_do_not_show(checkpoint, engine):
     script = Script(frozenset(range(5, 100, 9)), loses=lambda dispatch, row: (dispatch * 7 + row) % 41 == 0)
     experts = run_through(checkpoint, engine, 4, script, pages=26, max_tokens=30)

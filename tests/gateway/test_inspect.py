@@ -124,6 +124,10 @@ async def test_metrics(asgi: httpx.AsyncClient, engine: FakeEngine, monkeypatch:
     assert found["herder_kv_cache_usage attention-0 full"] == 0.25
     assert found["herder_kv_cache_prefix attention-0 full"] == 0.5
     assert found["herder_preemptions_total attention-0"] == 12
+    assert found["herder_requests_total abort"] == 0
+    # Of all engines, in one series without labels, as an endpoint picker wants them.
+    assert (found["herder_num_requests_running"], found["herder_num_requests_waiting"]) == (1, 0)
+    assert found["herder_kv_cache_usage_perc"] == 0.25
     monkeypatch.setattr(engine, "status", lambda: 1 / 0)
     found = await samples(asgi)
     assert found["herder_ready"] == 0 and found["herder_requests_total stop"] == 2

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from llama4.config import TextConfig
+from llama4.micro_batches import in_turn
 from llama4.moe import Experts, MoE
 from tests.llama4.reference import SMALL
 from tests.llama4.runner import HereDispatcher
@@ -31,7 +32,7 @@ def expert(experts: Experts, n: int, x_D: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_softmax_weights_the_output(top_k: int) -> None:
     moe, experts, x_TD = make(top_k, "softmax")
-    for x_D, got_D in zip(x_TD, moe(x_TD, HereDispatcher(experts)), strict=True):
+    for x_D, got_D in zip(x_TD, in_turn([moe.flow(x_TD, HereDispatcher(experts))])[0], strict=True):
         p_E = torch.softmax(moe.router @ x_D, dim=0)
         chosen = sorted(range(4), key=lambda e: -p_E[e])[:top_k]
         want_D = moe.shared_expert(x_D[None])[0] + sum(p_E[e] * expert(experts, e, x_D) for e in chosen)
@@ -41,7 +42,7 @@ def test_softmax_weights_the_output(top_k: int) -> None:
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 def test_sigmoid_scales_the_input(top_k: int) -> None:
     moe, experts, x_TD = make(top_k, "sigmoid")
-    for x_D, got_D in zip(x_TD, moe(x_TD, HereDispatcher(experts)), strict=True):
+    for x_D, got_D in zip(x_TD, in_turn([moe.flow(x_TD, HereDispatcher(experts))])[0], strict=True):
         logits_E = moe.router @ x_D
         chosen = sorted(range(4), key=lambda e: -logits_E[e])[:top_k]
         want_D = moe.shared_expert(x_D[None])[0] + sum(expert(experts, e, x_D * logits_E[e].sigmoid()) for e in chosen)
@@ -63,7 +64,7 @@ def test_the_shared_expert_runs_between_dispatch_and_combine() -> None:
 
     shared = moe.shared_expert
     moe.shared_expert = lambda x_TD: order.append("shared") or shared(x_TD)  # type: ignore[assignment, func-returns-value]
-    moe(x_TD, Spy(experts))
+    in_turn([moe.flow(x_TD, Spy(experts))])
     assert order == ["dispatch", "shared", "combine"]
 
 
