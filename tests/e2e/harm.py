@@ -6,10 +6,18 @@ import asyncio
 import os
 import signal
 import statistics
+import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
+import psutil
+import ray
+from ray.util.state import list_actors
 
 from herder.v1 import control_pb2, control_pb2_grpc
 from tests.e2e.streams import Stream, run_streams
@@ -92,8 +100,62 @@ def harm_to(control: Control, name: str, how: signal.Signals = signal.SIGKILL) -
     """Signals the process that the actor has now: while streams run, asking for it takes as long as they do."""
     pid = control.actors()[name].pid
 
-    def harm() -> float:
-        os.kill(pid, how)
-        return time.monotonic()
+    return lambda: kill(pid, how)
 
-    return harm
+
+def kill(pid: int, how: signal.Signals = signal.SIGKILL) -> float:
+    """Signals a process; returns when."""
+    os.kill(pid, how)
+    return time.monotonic()
+
+
+def pid_of(class_name: str) -> int | None:
+    """The process of the only living actor of this class; None when there is none just now."""
+    found = list_actors(address=ray.get_runtime_context().gcs_address)
+    pids = [actor.pid for actor in found if actor.class_name == class_name and actor.state == "ALIVE"]
+    assert len(pids) <= 1, pids
+    return pids[0] if pids else None
+
+
+@dataclass(frozen=True)
+class Census:
+    """What a deployment takes up on this machine.
+
+    `roles`: how many processes do each work; `processes`: all, with idle and dead ones; `open_files` and `rss_bytes`:
+    of those at work, by process.
+    """
+
+    roles: Counter[str]
+    processes: int
+    named_actors: int
+    placement_groups: int
+    kv_pages: int
+    sockets: int
+    shared_memory: int
+    open_files: dict[int, int]
+    rss_bytes: dict[int, int]
+
+    @classmethod
+    def take(cls, control: Control) -> Census:
+        roles: Counter[str] = Counter()
+        open_files, rss_bytes = {}, {}
+        processes = psutil.Process().children(recursive=True)
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):  # it ends just now
+                title = "".join(process.cmdline()[:1])
+                if title.startswith("ray::") and title != "ray::IDLE":
+                    roles[title.split(".")[0]] += 1
+                    open_files[process.pid] = process.num_fds()
+                    rss_bytes[process.pid] = process.memory_info().rss
+        groups = ray.util.placement_group_table().values()
+        return cls(
+            roles,
+            len(processes),
+            len(ray.util.list_named_actors(all_namespaces=True)),
+            sum(group["state"] != "REMOVED" for group in groups),
+            sum(pool.used for engine in control.engines() for pool in engine.kv_pages),
+            len(list(Path(tempfile.gettempdir()).glob(f"herder-{os.getuid()}-*/*"))),
+            len(list(Path("/dev/shm").iterdir())),
+            open_files,
+            rss_bytes,
+        )

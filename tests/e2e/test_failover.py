@@ -14,13 +14,12 @@ from collections.abc import Iterator
 import psutil
 import pytest
 import ray
-from ray.util.state import list_actors
 
 from actors.deployment import Deployment
 from actors.seats import find_actors
 from dispatch.faults import Fault
 from tests.e2e.conftest import running
-from tests.e2e.harm import Control, disturbed, harm_to, undisturbed
+from tests.e2e.harm import Census, Control, disturbed, harm_to, pid_of, undisturbed
 from tests.e2e.streams import Stream, run_streams
 
 pytestmark = pytest.mark.cluster
@@ -28,6 +27,7 @@ pytestmark = pytest.mark.cluster
 STREAMS = range(100)
 TOKENS = 100
 DEADLINE_S = 1.0
+KILLS = int(os.environ.get("HERDER_KILLS", "2"))  # of the test that looks for leaks
 SETTINGS = ("attention.actors=2", "experts.actors=4", f"transport.deadline_s={DEADLINE_S}")
 
 
@@ -117,10 +117,44 @@ def test_messages_are_dropped_and_late(deployment, control, expected):
     assert after.epoch > before.epoch  # though the links were given up
 
 
+@pytest.mark.timeout(300 + 20 * KILLS)
+def test_deaths_leave_nothing_behind(deployment, control, expected):
+    few = {number: expected[number] for number in STREAMS[:16]}
+    before = Census.take(control)
+    victims = ("expert-0", "expert-1", "attention-0", "expert-2", "expert-3")
+    for number in range(KILLS):
+        victim = victims[number % len(victims)]
+        pid = control.actors()[victim].pid
+        disturbed(deployment.grpc_address, harm_to(control, victim), few)
+        control.until_whole({victim: pid})
+    deadline = time.monotonic() + 30
+    while grown := growth(before, Census.take(control)):
+        assert time.monotonic() < deadline, grown
+        time.sleep(1)
+
+
+def growth(before: Census, after: Census) -> list[str]:
+    """What has become more; of survivors, what each death could have added to them."""
+    grown = [
+        f"{name}: {getattr(before, name)}, then {getattr(after, name)}"
+        for name in ("roles", "named_actors", "placement_groups", "kv_pages", "sockets", "shared_memory")
+        if getattr(after, name) != getattr(before, name)
+    ]
+    if after.processes > before.processes + 3:  # Ray's idle ones come and go
+        grown.append(f"processes: {before.processes}, then {after.processes}")
+    for pid in before.open_files.keys() & after.open_files.keys():
+        files, then = before.open_files[pid], after.open_files[pid]
+        if then >= files + KILLS:
+            grown.append(f"open files of {pid}: {files}, then {then}")
+        if after.rss_bytes[pid] > before.rss_bytes[pid] + (32 << 20):
+            grown.append(f"bytes of {pid}: {before.rss_bytes[pid]}, then {after.rss_bytes[pid]}")
+    return grown
+
+
 @pytest.mark.parametrize("kind", ["ServeReplica:herder:gateway", "ProxyActor"])
 def test_what_clients_are_connected_to_is_killed(deployment, control, expected, kind):
-    actors = list_actors(address=ray.get_runtime_context().gcs_address)
-    (pid,) = [actor.pid for actor in actors if actor.class_name == kind and actor.state == "ALIVE"]
+    pid = pid_of(kind)
+    assert pid is not None
     before = {name: actor.pid for name, actor in control.actors().items()}
     streams: dict[int, Stream] = {}
 
