@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import grpc
@@ -81,11 +80,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         f"--ray-client-server-port={free_port()}", "--node-ip-address=127.0.0.1",
     ]  # fmt: skip
     end_kept()
-    # Apart from the Ray of other tests; its sockets' paths must be short.
-    apart = TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
-    with apart, (folder / "ray.log").open("w") as log:
-        environment = ENVIRONMENT | {"RAY_TMPDIR": apart.name}
-        node = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=environment)
+    with (folder / "ray.log").open("w") as log:
+        node = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT)
         try:
             url = f"http://127.0.0.1:{dashboard}"
             until(lambda: node.poll() is None and answers(f"{url}/api/gcs_healthz"), "Ray's dashboard")
