@@ -12,7 +12,7 @@ settings.register_profile("herder", settings.default, deadline=None)
 settings.load_profile("herder")
 
 
-_WITH_A_RAY_OF_THEIR_OWN = ("tests/e2e/test_hosts.py",)
+_WITH_A_RAY_OF_THEIR_OWN = ("tests/e2e/test_deploy_yaml.py", "tests/e2e/test_hosts.py")
 
 
 class DeploymentsTogether(LoadScopeScheduling):
