@@ -50,9 +50,9 @@ class Watched:
                 times += [time.perf_counter()] * count
 
 
-def noise(side: int) -> bytes:
-    """A PNG that no server has seen."""
-    pixels = np.random.default_rng().integers(0, 256, (side, side, 3), dtype=np.uint8)
+def noise(side: int, seed: int | None = None) -> bytes:
+    """A PNG of random pixels; without a seed, one that no server has seen."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -97,7 +97,7 @@ def hidden_share(run: DecodeRun) -> float:
     return run.parts["hidden"] / (run.parts["hidden"] + run.parts["combine"])
 
 
-def measure(path: Path, shape: Shape, work: Work, roles: Roles, transport: Transport = "gloo") -> list[DecodeRun]:
+def measure(path: Path, shape: Shape, work: Work, roles: Roles, transport: Transport) -> list[DecodeRun]:
     """One run for each batch size; its parts have `dispatch`, `combine` and `hidden`, see `hidden_share`."""
     store, port = host_store(ADDRESS)  # gloo's meeting place
     attention, theirs = _SPAWN.Pipe()

@@ -11,7 +11,6 @@ from xdist.scheduler import LoadScopeScheduling
 settings.register_profile("herder", settings.default, deadline=None)
 settings.load_profile("herder")
 
-
 _WITH_A_RAY_OF_THEIR_OWN = ("tests/e2e/test_deploy_yaml.py", "tests/e2e/test_hosts.py")
 
 

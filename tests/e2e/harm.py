@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import statistics
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -121,8 +120,8 @@ def pid_of(class_name: str) -> int | None:
 class Census:
     """What a deployment takes up on this machine.
 
-    `roles`: how many processes do each work; `processes`: all, with idle and dead ones; `open_files` and `rss_bytes`:
-    of those at work, by process.
+    `roles`: how many processes do each work; `processes`: all, with idle and dead ones; `sockets`: files where its
+    processes listen for rows; `open_files` and `rss_bytes`: of those at work, by process.
     """
 
     roles: Counter[str]
@@ -139,6 +138,7 @@ class Census:
     def take(cls, control: Control) -> Census:
         roles: Counter[str] = Counter()
         open_files, rss_bytes = {}, {}
+        listening: set[Path] = set()  # the folders: other tests have theirs
         processes = psutil.Process().children(recursive=True)
         for process in processes:
             with suppress(psutil.NoSuchProcess):  # it ends just now
@@ -147,6 +147,8 @@ class Census:
                     roles[title.split(".")[0]] += 1
                     open_files[process.pid] = process.num_fds()
                     rss_bytes[process.pid] = process.memory_info().rss
+                    paths = (Path(str(one.laddr)) for one in process.net_connections("unix"))
+                    listening |= {path.parent for path in paths if path.name.startswith("slot-")}
         groups = ray.util.placement_group_table().values()
         return cls(
             roles,
@@ -154,7 +156,7 @@ class Census:
             len(ray.util.list_named_actors(all_namespaces=True)),
             sum(group["state"] != "REMOVED" for group in groups),
             sum(pool.used for engine in control.engines() for pool in engine.kv_pages),
-            len(list(Path(tempfile.gettempdir()).glob(f"herder-{os.getuid()}-*/*"))),
+            sum(len(list(folder.iterdir())) for folder in listening),
             len(list(Path("/dev/shm").iterdir())),
             open_files,
             rss_bytes,

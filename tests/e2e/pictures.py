@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import io
 import re
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,8 +12,9 @@ import httpx
 import numpy as np
 import psutil
 import ray
-from PIL import Image
 from ray import serve
+
+from bench.burst import noise
 
 VISION = "ray::ServeReplica:herder:vision"  # what Ray calls an image encoder's process
 
@@ -39,10 +39,7 @@ class Reply:
 
 def png(seed: int, side: int = 224) -> bytes:
     """Noise of 16 tiles in the bundled model's eyes, if the side is at least 224."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
-    return file.getvalue()
+    return noise(side, seed)
 
 
 async def ask(client: httpx.AsyncClient, images: Sequence[bytes], max_tokens: int = 8) -> Reply:

@@ -234,7 +234,7 @@ async def test_an_engine_that_stays_full(pair, a, b, deadline_s, busy_s, monkeyp
     end = await stream.end()  # within 10 seconds
     assert end.error.retryable and end.error.code is ErrorCode.UNAVAILABLE and "a died" in end.error.message
     assert time.time() - start >= (deadline_s or busy_s) - 0.01
-    assert len(b.calls) > 3
+    assert 3 < len(b.calls) < 60
 
 
 async def test_an_answer_waits_for_an_engine_to_come(a):
