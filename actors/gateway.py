@@ -9,7 +9,7 @@ import importlib.metadata
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from fastapi import FastAPI
 from ray import serve
@@ -30,6 +30,9 @@ from cluster.config import GatewayConfig, TracingConfig, VisionConfig
 from engine.image_spec import ImageSpec
 from engine.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from actors.tracing import Tracing
+
 log = logging.getLogger("herder")
 
 _NO_TRACES = TracingConfig()
@@ -41,6 +44,9 @@ class Gateway(grpc_server.Servicers):
 
     Serve finds the gRPC methods by name, and builds the HTTP app after `__init__`.
     """
+
+    _standalone: grpc_server.GrpcServer | None = None
+    _tracing: Tracing | None = None
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
@@ -63,11 +69,12 @@ class Gateway(grpc_server.Servicers):
         spec = ImageSpec.from_dir(model_path)
         images = None if spec is None else ImagePrompts(spec, vision, ImageFetcher(vision))
         version = importlib.metadata.version("herder")
-        spans = start_tracing(tracing, "gateway")
-        self.core = GatewayCore(await connect(), tokenizer, model, version, images, RayMetrics(), spans, log_prompts)
+        self._tracing = start_tracing(tracing, "gateway")
+        self.core = GatewayCore(
+            await connect(), tokenizer, model, version, images, RayMetrics(), self._tracing, log_prompts
+        )
         self.keys = keys
         self.max_message_bytes = config.max_body_bytes
-        self._standalone: grpc_server.GrpcServer | None = None
         if config.grpc.mode == "standalone":
             self._standalone = await grpc_server.start(self, config)
         log.info(
@@ -85,11 +92,11 @@ class Gateway(grpc_server.Servicers):
         """Serve's `user_config`: the log level, which may change while requests run."""
         logging.getLogger().setLevel(user_config["log_level"])
 
-    async def __del__(self) -> None:  # Serve awaits it, before it ends the replica
+    async def __del__(self) -> None:  # Serve awaits it, before it ends the replica, be it up or not
         if self._standalone is not None:
             await self._standalone.stop()
-        if self.core.tracing is not None:
-            await asyncio.to_thread(self.core.tracing.close)
+        if self._tracing is not None:
+            await asyncio.to_thread(self._tracing.close)
 
 
 def build_app(

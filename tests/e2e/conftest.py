@@ -26,11 +26,6 @@ def free_port() -> int:
 _kept: list[Deployment] = []  # the plain deployment, for the modules that want it one after the other
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The soak takes its minutes with or without another worker's tests beside it: it comes first."""
-    items.sort(key=lambda item: item.path.name != "test_soak.py")
-
-
 def start(*settings: str, address: str | None = None) -> Deployment:
     """The tiny deployment under these settings, without an image encoder until one is asked for."""
     end_kept()

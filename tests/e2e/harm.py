@@ -130,7 +130,6 @@ class Census:
     placement_groups: int
     kv_pages: int
     sockets: int
-    shared_memory: int
     open_files: dict[int, int]
     rss_bytes: dict[int, int]
 
@@ -157,7 +156,6 @@ class Census:
             sum(group["state"] != "REMOVED" for group in groups),
             sum(pool.used for engine in control.engines() for pool in engine.kv_pages),
             sum(len(list(folder.iterdir())) for folder in listening),
-            len(list(Path("/dev/shm").iterdir())),
             open_files,
             rss_bytes,
         )

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from tests.e2e.conftest import ROOT
+
 NETWORK = "198.18.0"  # set apart for tests of networks
 CLIENT = f"{NETWORK}.254"  # this test's own address there
 
@@ -33,7 +35,7 @@ class Host:
         """Makes it and plugs it in."""
         self.home.mkdir(parents=True)
         inside = (
-            f"mount --bind {shlex.quote(str(self.home))} /tmp && mount -t tmpfs tmpfs /dev/shm && "
+            f"{self._seeing(ROOT)}mount --rbind {shlex.quote(str(self.home))} /tmp && mount -t tmpfs tmpfs /dev/shm && "
             f"hostname {self.name} && exec env --ignore-signal=CHLD sleep infinity"  # so no orphan of its remains
         )
         apart = ("--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--kill-child")
@@ -48,6 +50,14 @@ class Host:
             f"ip route add default via {CLIENT}",
         ):
             run(*self._entered(), *command.split())
+
+    def _seeing(self, folder: Path) -> str:
+        """A command that shows the folder in the host too, should it lie in /tmp."""
+        if not folder.is_relative_to("/tmp"):
+            return ""
+        there = self.home / folder.relative_to("/tmp")
+        there.mkdir(parents=True)
+        return f"mount --bind {shlex.quote(str(folder))} {shlex.quote(str(there))} && "
 
     def _first_process(self, unshare: int) -> int:
         deadline = time.monotonic() + 10

@@ -140,8 +140,6 @@ def growth(before: Census, after: Census) -> list[str]:
         for name in ("roles", "named_actors", "placement_groups", "kv_pages", "sockets")
         if getattr(after, name) != getattr(before, name)
     ]
-    if after.shared_memory > before.shared_memory:  # the machine's: what another Ray gives back is none of ours
-        grown.append(f"shared memory: {before.shared_memory}, then {after.shared_memory}")
     if after.processes > before.processes + 3:  # Ray's idle ones come and go
         grown.append(f"processes: {before.processes}, then {after.processes}")
     for pid in before.open_files.keys() & after.open_files.keys():
