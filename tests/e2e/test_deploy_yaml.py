@@ -80,11 +80,14 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
         f"--ray-client-server-port={free_port()}", "--node-ip-address=127.0.0.1",
     ]  # fmt: skip
     end_kept()
-    with (folder / "ray.log").open("w") as log:
+    said = folder / "ray.log"
+    with said.open("w") as log:
         node = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT)
         try:
             url = f"http://127.0.0.1:{dashboard}"
-            until(lambda: node.poll() is None and answers(f"{url}/api/gcs_healthz"), "Ray's dashboard")
+            # Before its raylet is up, Ray takes another cluster's on this machine for it, and waits in vain.
+            until(lambda: node.poll() is None and "Ray runtime started" in said.read_text(), "Ray's node")
+            until(lambda: answers(f"{url}/api/gcs_healthz"), "Ray's dashboard")
             ray.init(address=f"127.0.0.1:{port}", namespace="looks-on", log_to_driver=False)
             yield RayCluster(url, folder / "serve.yaml")
         finally:
