@@ -7,6 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -20,7 +21,7 @@ from actors.gateway import build_app
 from actors.ray_client import RayEngineClient
 from actors.vision import build_vision, check_room
 from cluster.config import DeploymentConfig
-from cluster.launch import AT_HEAD, CONTROLLER, connect
+from cluster.launch import AT_HEAD, CONTROLLER, connect, remove_session
 from cluster.manifests_serve import APP_NAME, GRPC_SERVICER_FUNCTIONS
 from llama4.config import TextConfig
 
@@ -36,11 +37,12 @@ _GONE_S = 60.0
 class Deployment:
     """A deployment that is up. `stop` may be called again."""
 
-    def __init__(self, config: DeploymentConfig, controller: ActorHandle) -> None:
+    def __init__(self, config: DeploymentConfig, controller: ActorHandle, session: Path | None) -> None:
         gateway = config.gateway
         self.http_url = f"http://{gateway.host}:{gateway.http_port}"
         self.grpc_address = f"{gateway.host}:{gateway.grpc_port}"
         self._controller = controller
+        self._session = session
 
     def wait(self) -> None:
         """Returns only by an exception: RuntimeError when the controller is gone for good, or a signal's."""
@@ -63,9 +65,16 @@ class Deployment:
                 return remaining
             time.sleep(_DRAIN_EVERY_S)
 
-    def stop(self) -> None:
-        """Ends engines and experts, then the gateways, then Ray itself if `launch` started it."""
+    def stop(self, keep_logs: bool = False) -> Path | None:
+        """Ends engines and experts, then the gateways, then Ray itself if `launch` started it.
+
+        Nothing is left of such a Ray but, if asked, the folder of its session, which is returned.
+        """
         _tear_down(self._controller, serving=True)
+        if self._session is not None and not keep_logs:
+            remove_session(self._session)
+            self._session = None
+        return self._session
 
 
 def launch(config: DeploymentConfig, address: str | None = None, on_progress: Progress | None = None) -> Deployment:
@@ -78,7 +87,7 @@ def launch(config: DeploymentConfig, address: str | None = None, on_progress: Pr
     Raises whatever kept it from starting, after everything that was started has been stopped.
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    connect(config, address)
+    session = connect(config, address)
     # Beside Serve's proxy, so that no other machine's death takes them along.
     controller = Controller.options(name=CONTROLLER, lifetime="detached", resources=AT_HEAD).remote(config)
     serving = False
@@ -92,7 +101,7 @@ def launch(config: DeploymentConfig, address: str | None = None, on_progress: Pr
         with suppress(Exception):  # the first error is the one to tell
             _tear_down(controller, serving)
         raise
-    return Deployment(config, controller)
+    return Deployment(config, controller, session)
 
 
 def _ignore(name: str, done: int, total: int) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
@@ -93,6 +96,7 @@ def keep(config: DeploymentConfig, run: Run, address: str | None) -> None:
 
     console = err()
     running: Deployment | None = None
+    failed = False
     with ending_on_signals():
         try:
             with LoadProgress(console) as progress:
@@ -109,11 +113,12 @@ def keep(config: DeploymentConfig, run: Run, address: str | None) -> None:
         except (CliError, ConfigError):
             raise
         except Exception as error:  # Ray's own, torch's, the operating system's: each is one sentence to the user
+            failed = True
             raise CliError(f"{'the deployment failed' if running else 'it did not start'}: {cause(error)}") from error
         finally:
             ending_signals(signal.SIG_IGN)
-            if running is not None:
-                running.stop()
+            if running is not None and (session := running.stop(keep_logs=failed)) is not None:
+                console.print(f"Ray's logs of it: {session / 'logs'}", soft_wrap=True)
 
 
 def drain(running: Deployment, timeout_s: float) -> None:
@@ -135,13 +140,19 @@ def tell(run: Run) -> None:
         f"{run.model} is served\n"
         f"  HTTP  {run.http_url}/v1   gRPC  {run.grpc_address}\n"
         "Ask it, from another terminal:\n"
-        '  herder chat "17+25="\n'
+        f'  {program()} chat "17+25="\n'
         f"  curl {run.http_url}/v1/chat/completions -H 'content-type: application/json' \\\n"
         f"""    -d '{{"model": "{run.model}", "messages": [{message}], "temperature": 0}}'\n"""
         "Ctrl-C or `herder stop` ends it.",
         markup=False,
         soft_wrap=True,
     )
+
+
+def program() -> str:
+    """What to type for this program: its name where the shell finds it, else the path by which it was called."""
+    found = shutil.which("herder")
+    return "herder" if found and Path(found).resolve() == Path(sys.argv[0]).resolve() else sys.argv[0]
 
 
 def cause(error: BaseException) -> str:

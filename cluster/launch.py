@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shutil
 import signal
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -78,8 +80,11 @@ def own_address() -> str:
     return address
 
 
-def connect(config: DeploymentConfig, address: str | None) -> None:
-    """Joins the Ray cluster at `address`, or starts one on this machine that ends with this process."""
+def connect(config: DeploymentConfig, address: str | None) -> Path | None:
+    """Joins the Ray cluster at `address`, or starts one on this machine that ends with this process.
+
+    Returns the folder of the session, with its logs and sockets, if it was started here.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     num_cpus = None
     if address is None:
@@ -98,26 +103,40 @@ def connect(config: DeploymentConfig, address: str | None) -> None:
     }
     if address is not None:
         ray.init(**options)
-    else:
-        _start_local(options)
+        return None
+    return _start_local(options)
 
 
-def _start_local(options: dict[str, Any]) -> None:
-    """A node of our own. It may fail for a moment's reason, so it is tried again.
+def _start_local(options: dict[str, Any]) -> Path:
+    """A node of our own; returns its session's folder. It may fail for a moment's reason, so it is tried again.
 
     Ray gives it a fixed 30 s, which a busy machine may exceed, and the dashboard's port may be that of a node which is
     just ending.
     """
-    for attempt in range(1, _START_ATTEMPTS + 1):
+    for attempt in range(1, _START_ATTEMPTS):
         try:
-            ray.init(**options)
-            return
+            return _init(options)
         except Exception as error:
-            if ray.is_initialized() or attempt == _START_ATTEMPTS:
+            if ray.is_initialized():
                 raise
             log.warning("Ray did not start, trying again attempt=%d reason=%s", attempt, error)
             _end_children_of_ray()
             time.sleep(_START_PAUSE_S)
+    return _init(options)
+
+
+def _init(options: dict[str, Any]) -> Path:
+    context: Any = ray.init(**options)
+    return Path(context.address_info["session_dir"])
+
+
+def remove_session(folder: Path) -> None:
+    """Removes what a Ray that has ended left of its session: logs, sockets, and the link that calls it the latest."""
+    latest = folder.parent / "session_latest"
+    with suppress(OSError):
+        if latest.readlink() == folder:
+            latest.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _end_children_of_ray() -> None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from cli.progress import LoadProgress
-from cli.serve import cause, reachable
+from cli.serve import cause, program, reachable
 
 
 class FakeDeployment:
@@ -41,8 +41,9 @@ class FakeDeployment:
             signal.raise_signal(signal.SIGINT)
         return self.remaining
 
-    def stop(self) -> None:
+    def stop(self, keep_logs: bool = False) -> Path | None:
         self.stops += 1
+        return Path("/ray/session") if keep_logs else None
 
 
 def install(monkeypatch: pytest.MonkeyPatch, launch: Callable[..., Any]) -> None:
@@ -88,9 +89,9 @@ def test_it_serves_until_a_signal(
     assert serving["serving"] and serving["http_url"] == deployment.http_url
     assert not list(run_folder.iterdir())
     assert "attention-0: loaded 100 bytes of 100 bytes" in result.stderr
-    assert (
-        'herder chat "17+25="' in result.stdout and f"curl {deployment.http_url}/v1/chat/completions" in result.stdout
-    )
+    assert f'{program()} chat "17+25="' in result.stdout
+    assert f"curl {deployment.http_url}/v1/chat/completions" in result.stdout
+    assert "logs" not in result.stderr
     assert signal.getsignal(number) == before
 
 
@@ -200,7 +201,19 @@ def test_a_deployment_that_fails_is_stopped(cli: CliRunner, config_file: Path, m
     result = cli.invoke(app, ["serve", str(config_file)])
     assert result.exit_code == 1
     assert "the deployment failed: expert-1 died" in result.stderr
+    assert "/ray/session/logs" in result.stderr
     assert deployment.stops == 1
+
+
+def test_the_program_is_called_as_the_shell_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called = tmp_path / "herder"
+    called.write_text("#!/bin/sh\n")
+    called.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(called), "serve"])
+    monkeypatch.setenv("PATH", "")
+    assert program() == str(called)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert program() == "herder"
 
 
 def test_the_cause_behind_rays_errors_is_told() -> None:

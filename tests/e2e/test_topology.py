@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -155,6 +156,8 @@ def test_serve_ends_without_leaving_a_process(checkpoint, tmp_path, by):
     try:
         processes = serve.until_up()
         assert len(processes) > 6
+        sessions = set(re.findall(r"/\S+/session_[\d_-]+", " ".join(word for p in processes for word in p.cmdline())))
+        assert len(sessions) == 1 and all(map(os.path.isdir, sessions))
         assert serve.herder("status").returncode == 0
         if by == "stop":
             stopped = serve.herder("stop")
@@ -166,7 +169,7 @@ def test_serve_ends_without_leaving_a_process(checkpoint, tmp_path, by):
         while left := [process for process in processes if process.is_running()]:
             assert time.monotonic() < deadline, left
             time.sleep(0.1)
-        assert not Path("/tmp/ray/ray_current_cluster").exists()
+        assert not Path("/tmp/ray/ray_current_cluster").exists() and not any(map(os.path.exists, sessions))
     finally:
         serve.kill()
 
