@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import njit
+from numba import carray, njit
 
-from llama4.intrinsics import CACHE, add_weighted, dot_tile
+from llama4.intrinsics import CACHE, PANEL, add_weighted, dot_tile, floats_at, panel_tile
 
 FLOAT = 4  # bytes
 
@@ -37,6 +37,35 @@ def dots(
             dot_tile(4, 1, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width)
         for r in range(whole, rows):
             dot_tile(1, 1, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width)
+
+
+@njit(cache=CACHE)
+def interleave(x: Any, x_stride: Any, width: Any, panel: Any) -> None:
+    """panel[d, r] = x[r, d], of PANEL rows."""
+    panel_DR = carray(floats_at(panel), (width, PANEL))
+    whole = width - width % PANEL
+    for start in range(0, whole, PANEL):  # in blocks that stay in the nearest cache
+        for r in range(PANEL):
+            x_D = carray(floats_at(x + r * x_stride), (width,))
+            for d in range(start, start + PANEL):
+                panel_DR[d, r] = x_D[d]
+    for r in range(PANEL):
+        x_D = carray(floats_at(x + r * x_stride), (width,))
+        for d in range(whole, width):
+            panel_DR[d, r] = x_D[d]
+
+
+@njit(cache=CACHE)
+def panel_dots(rows: Any, panels: Any, columns: Any, w: Any, w_stride: Any, y: Any, y_stride: Any, width: Any) -> None:
+    """As `dots`, of whole panels that lie one after the other, each as `interleave` makes it."""
+    for c in range(0, columns - 5, 6):
+        w_c, y_c = w + c * w_stride, y + c * FLOAT
+        for r in range(0, rows, PANEL):
+            panel_tile(6, panels + r * width * FLOAT, w_c, w_stride, y_c + r * y_stride, y_stride, width)
+    for c in range(columns - columns % 6, columns):
+        w_c, y_c = w + c * w_stride, y + c * FLOAT
+        for r in range(0, rows, PANEL):
+            panel_tile(1, panels + r * width * FLOAT, w_c, w_stride, y_c + r * y_stride, y_stride, width)
 
 
 @njit(cache=CACHE)
