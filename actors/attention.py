@@ -12,6 +12,7 @@ import ray
 from numpy.typing import NDArray
 
 from actors.dashboard import StateShown, call_in_state
+from actors.giving_way import import_giving_way
 from actors.member import Member, log
 from actors.outbox import Outbox
 from actors.ray_metrics import RayMetrics, report_engine, report_regularly, report_transport
@@ -32,6 +33,7 @@ _SILENT_GATEWAY_S = 10.0  # then its requests end: nobody would take their outpu
 @ray.remote
 class AttentionActor:
     def __init__(self, rank: int, incarnation: str, config: DeploymentConfig) -> None:
+        import_giving_way("actors.engine_parts")
         from actors.engine_parts import EngineParts
 
         self._member = Member("attention", rank, incarnation, config.attention, config)

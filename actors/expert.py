@@ -14,6 +14,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.dashboard import StateShown, call_in_state, held_in_words
+from actors.giving_way import import_giving_way
 from actors.member import Member, log
 from actors.ray_metrics import RayMetrics, report_regularly, report_rows
 from actors.reports import ExpertReport
@@ -38,6 +39,7 @@ Weights = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # gate_up and down, as by
 @ray.remote
 class ExpertActor:
     def __init__(self, slot: int, incarnation: str, config: DeploymentConfig) -> None:
+        import_giving_way("dispatch.collective", "dispatch.expert_server", "llama4.weights")
         from llama4.precision import choose_dtype
 
         self._slot = slot

@@ -17,6 +17,7 @@ import psutil
 import ray
 from ray.actor import ActorHandle
 
+from actors.giving_way import giving_way
 from actors.logs import set_up_logs
 from actors.status import ActorStatus
 from cluster.config import DeploymentConfig, RoleConfig
@@ -70,7 +71,7 @@ class Member:
         """Runs `work` beside the event loop, so that progress can be asked for meanwhile."""
         self.state = "loading"
         self._events = asyncio.get_running_loop()
-        await asyncio.to_thread(work)
+        await asyncio.to_thread(giving_way, work)
         self.state = "loaded"
         log.info("%s loaded bytes=%d device=%s", self.name, self.loaded[0], self.device)
 
