@@ -13,11 +13,10 @@ from typing import TypeVar
 import ray
 from ray.actor import ActorHandle
 
-from actors.attention import AttentionReport
-from actors.expert import ExpertReport
 from actors.fleet import Fleet
+from actors.reports import AttentionReport, ExpertReport
 from actors.seats import Role, Seat, find_actors, find_seat, role_config
-from dispatch.collective import Epoch
+from dispatch.epoch import Epoch
 from dispatch.topology import Topology
 
 log = logging.getLogger("herder")

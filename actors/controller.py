@@ -21,14 +21,13 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.adoption import adopt
-from actors.attention import AttentionReport
 from actors.dashboard import StateShown, call_in_state
 from actors.elastic import Elastic
-from actors.expert import ExpertReport
 from actors.fleet import Fleet
 from actors.logs import set_up_logs
 from actors.ray_metrics import RayMetrics, report_cluster, report_regularly
 from actors.repair import Repair
+from actors.reports import AttentionReport, ExpertReport
 from actors.seats import Seat, nodes_of, reserve_first
 from actors.status import ActorStatus, ClusterStatus, EngineHandle
 from cluster.config import DeploymentConfig
@@ -62,6 +61,7 @@ class Controller:
         self._metrics = RayMetrics()
         self._reporting: asyncio.Task[None] | None = None
         self._adopted: asyncio.Task[None] | None = None
+        self._placed: asyncio.Task[None] | None = None
         self._started: asyncio.Task[None] | None = None
         self._shown = StateShown(self._state, call_in_state)
         if ray.get_runtime_context().was_current_actor_reconstructed:
@@ -81,10 +81,16 @@ class Controller:
         """
         await self._back()
         if self._adopted is None:
-            self._started = self._started or asyncio.create_task(self._start())
+            self._placed = self._placed or asyncio.create_task(self._place())
+            self._started = self._started or asyncio.create_task(self._start(self._placed))
             await asyncio.shield(self._started)
 
-    async def _start(self) -> None:
+    async def placed(self) -> None:
+        """After `start` was called: returns when all actors have their room. Raises what kept them from it."""
+        if self._placed is not None:
+            await asyncio.shield(self._placed)
+
+    async def _place(self) -> None:
         fleet = self._fleet
         self._phase = "waiting for room in the cluster"
         attention = await reserve_first(self._config, "attention")
@@ -92,6 +98,11 @@ class Controller:
         experts = await reserve_first(self._config, "expert")
         fleet.experts = {seat.number: seat for seat in experts}
         fleet.holdings = self._plan(await nodes_of(experts))
+
+    async def _start(self, placed: asyncio.Task[None]) -> None:
+        await placed
+        fleet = self._fleet
+        attention, experts = list(fleet.attention.values()), list(fleet.experts.values())
         self._phase = "loading weights"
         await _all(
             *(fleet.bring_up(seat) for seat in attention),

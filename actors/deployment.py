@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -14,20 +15,22 @@ import ray
 from ray import serve
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
+from ray.serve.schema import ApplicationStatus
 
 from actors.client import EngineClient
 from actors.controller import Controller
 from actors.gateway import build_app
 from actors.ray_client import RayEngineClient
-from actors.vision import build_vision, check_room
+from actors.vision_app import build_vision, check_room
 from cluster.config import DeploymentConfig
-from cluster.launch import AT_HEAD, CONTROLLER, connect, remove_session
+from cluster.launch import AT_HEAD, CONTROLLER, NAMESPACE, connect, remove_session
 from cluster.manifests_serve import APP_NAME, GRPC_SERVICER_FUNCTIONS
 from llama4.config import TextConfig
 
 Progress = Callable[[str, int, int], None]
 Connect = Callable[[], Awaitable[EngineClient]]  # in a gateway's replica
 _PROGRESS_EVERY_S = 0.2
+_LOOK_EVERY_S = 0.1
 _DRAIN_EVERY_S = 0.1
 _STOP_TIMEOUT_S = 30.0
 _ASK_EVERY_S = 5.0
@@ -70,7 +73,7 @@ class Deployment:
 
         Nothing is left of such a Ray but, if asked, the folder of its session, which is returned.
         """
-        _tear_down(self._controller, serving=True)
+        _tear_down(self._controller)
         if self._session is not None and not keep_logs:
             remove_session(self._session)
             self._session = None
@@ -90,16 +93,15 @@ def launch(config: DeploymentConfig, address: str | None = None, on_progress: Pr
     session = connect(config, address)
     # Beside Serve's proxy, so that no other machine's death takes them along.
     controller = Controller.options(name=CONTROLLER, lifetime="detached", resources=AT_HEAD).remote(config)
-    serving = False
     try:
         started = controller.start.remote()
+        _serve(config, controller)  # its processes come up while the actors load
         _follow(controller, started, on_progress or _ignore)
         ray.get(started)
-        serving = True
-        _serve(config)
+        _wait_until_served()
     except BaseException:
         with suppress(Exception):  # the first error is the one to tell
-            _tear_down(controller, serving)
+            _tear_down(controller)
         raise
     return Deployment(config, controller, session)
 
@@ -122,15 +124,35 @@ def _follow(controller: ActorHandle, started: Any, on_progress: Progress) -> Non
                 on_progress(name, *amount)
 
 
-def _serve(config: DeploymentConfig) -> None:
+def _serve(config: DeploymentConfig, controller: ActorHandle) -> None:
+    """Begins to bring up Serve and the gateways, which wait for the engines. Raises PlacementError."""
     gateway = config.gateway
     grpc_options = None
     if gateway.grpc.mode == "serve":
         grpc_options = {"port": gateway.grpc_port, "grpc_servicer_functions": list(GRPC_SERVICER_FUNCTIONS)}
     serve.start(http_options={"host": gateway.host, "port": gateway.http_port}, grpc_options=grpc_options)
+    ray.get(controller.placed.remote())  # the encoder has what room the actors leave
     check_room(config)
-    app = application(config, connect_to_engines(config), gateways_at=AT_HEAD)
-    serve.run(app, name=APP_NAME, route_prefix="/")
+    app = application(config, partial(_connect, connect_to_engines(config)), gateways_at=AT_HEAD)
+    serve.run_many([serve.RunTarget(app, APP_NAME, "/")], wait_for_applications_running=False)
+
+
+async def _connect(connect: Connect) -> EngineClient:
+    """A gateway's way to the engines, once a token has gone through all layers of each."""
+    controller = await asyncio.to_thread(ray.get_actor, CONTROLLER, NAMESPACE)
+    await controller.start.remote()
+    return await connect()
+
+
+def _wait_until_served() -> None:
+    """Raises RuntimeError when Serve cannot bring up the gateways or the encoder."""
+    while True:
+        app = serve.status().applications[APP_NAME]
+        if app.status == ApplicationStatus.RUNNING:
+            return
+        if app.status == ApplicationStatus.DEPLOY_FAILED:
+            raise RuntimeError(f"the gateways did not start: {app.message}")
+        time.sleep(_LOOK_EVERY_S)
 
 
 def connect_to_engines(config: DeploymentConfig) -> Connect:
@@ -166,13 +188,13 @@ def application(
     )
 
 
-def _tear_down(controller: ActorHandle, serving: bool) -> None:
+def _tear_down(controller: ActorHandle) -> None:
     if not ray.is_initialized():
         return
     try:
         # Engines first: what runs ends with an error that says so, and then no stream holds up the gateways.
         ray.get(controller.stop.remote(), timeout=_STOP_TIMEOUT_S)
-        if serving and APP_NAME in serve.status().applications:
+        if APP_NAME in serve.status().applications:
             serve.delete(APP_NAME)
     finally:
         ray.kill(controller)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ray.exceptions import RayError
 
-from actors.expert import ExpertReport
 from actors.fleet import Fleet
 from actors.reasons import first_line
 from actors.repair import Repair
+from actors.reports import ExpertReport
 from actors.seats import Role, Seat, find_seat, give_up, reserve_more
 from cluster.balance import Balance, LoadAverage, balancedness, rebalance
 from cluster.holdings import Holdings, cost, move

@@ -5,63 +5,58 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
-import torch
 from numpy.typing import NDArray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.dashboard import StateShown, call_in_state, held_in_words
+from actors.giving_way import import_giving_way
 from actors.member import Member, log
 from actors.ray_metrics import RayMetrics, report_regularly, report_rows
-from actors.status import ActorStatus
+from actors.reports import ExpertReport
 from cluster.config import DeploymentConfig
 from cluster.live import LiveSettings
-from dispatch.collective import CollectiveServer, Epoch
-from dispatch.expert_server import ExpertServer
+from dispatch.epoch import Epoch
 from dispatch.faults import Fault, Faults
 from dispatch.topology import SlotAddress
 from llama4.config import TextConfig
-from llama4.moe import Experts
-from llama4.precision import choose_dtype
-from llama4.weights import Checkpoint, load_experts
+
+if TYPE_CHECKING:
+    import torch
+
+    from dispatch.collective import CollectiveServer
+    from dispatch.expert_server import ExpertServer
+    from llama4.moe import Experts
 
 Held = Mapping[int, Sequence[int]]  # layer → experts
 Weights = tuple[NDArray[np.uint8], NDArray[np.uint8]]  # gate_up and down, as bytes
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertReport:
-    """An expert actor's state, and the rows it has computed: layer → a number for each logical expert.
-
-    `held`: layer → the experts whose weights it has. `address`: where it serves, with the p2p transport.
-    """
-
-    status: ActorStatus
-    incarnation: str
-    rows: dict[int, tuple[int, ...]]
-    held: dict[int, tuple[int, ...]]
-    address: SlotAddress | None
-
-
 @ray.remote
 class ExpertActor:
     def __init__(self, slot: int, incarnation: str, config: DeploymentConfig) -> None:
+        import_giving_way("dispatch.collective", "dispatch.expert_server", "llama4.weights")
+        from llama4.precision import choose_dtype
+
         self._slot = slot
         self._member = Member("expert", slot, incarnation, config.experts, config)
         self._text_config = TextConfig.from_dir(config.model.path, router_scores=config.model.router_scores)
         self._dtype = choose_dtype(self._member.device, config.model.dtype)
         self._experts = self._empty({})
-        self._server: ExpertServer | CollectiveServer | None = None
+        self._p2p: ExpertServer | None = None  # serves, or the next one does, as the transport is
+        self._collective: CollectiveServer | None = None
         self._epoch: int | None = None  # the newest that it was told
         self._shown = StateShown(self._state, call_in_state)
         self._metrics = RayMetrics()
         self._reporter: asyncio.Task[None] | None = None
 
     def _empty(self, held: Held) -> Experts:
+        from llama4.moe import Experts
+
         return Experts(self._text_config, held, self._dtype, self._member.device)
 
     # ---- weights
@@ -71,7 +66,7 @@ class ExpertActor:
         missing = self._missing(held)
         if missing:
             await self._member.load(lambda: self._experts.take(self._read(missing)))
-        if self._server is not None:
+        if self._p2p is not None or self._collective is not None:
             self._member.state = "serving"
 
     async def fetch(self, held: Held, peers: Mapping[tuple[int, int], ActorHandle]) -> None:
@@ -100,6 +95,8 @@ class ExpertActor:
         return {layer: experts for layer, experts in missing.items() if experts}
 
     def _read(self, held: Held) -> Experts:
+        from llama4.weights import Checkpoint, load_experts
+
         return load_experts(
             Checkpoint(self._member.config.model.path),
             self._text_config,
@@ -117,6 +114,8 @@ class ExpertActor:
         return _bytes_of(gate_up), _bytes_of(down)
 
     def _put(self, layer: int, expert: int, parts: Weights) -> None:
+        import torch
+
         arrived = self._empty({layer: (expert,)})
         for target, array in zip(arrived.part(layer, expert), parts, strict=True):
             # What comes out of Ray's object store is read-only and shared.
@@ -134,31 +133,34 @@ class ExpertActor:
 
     async def serve(self, secret: bytes) -> SlotAddress | None:
         """Begins to serve; gives the address to send rows to, if the transport has addresses."""
+        from dispatch.collective import CollectiveServer
+        from dispatch.expert_server import ExpertServer
+
         member, width = self._member, self._text_config.hidden_size
         self._reporter = asyncio.create_task(report_regularly(self._report_metrics))
         if member.config.transport_kind == "p2p":
             server = ExpertServer(self._experts, self._slot, width, self._dtype, secret, member.node_ip)
-            self._server = server
+            self._p2p = server
             member.start(server.run)
             return server.address
         collective = CollectiveServer(
             self._slot, self._experts, width, self._dtype, member.form_group, member.tell_group_broken
         )
-        self._server = collective
+        self._collective = collective
         member.start(collective.run)
         return None
 
     async def allow(self, held: Held, min_epoch: int) -> None:
         """p2p: rows for these experts are served, from this epoch on; others are refused."""
-        assert isinstance(self._server, ExpertServer), "serve comes first"
+        assert self._p2p is not None, "serve comes first, with the p2p transport"
         self._epoch = min_epoch
-        self._server.allow({layer: tuple(experts) for layer, experts in held.items()}, min_epoch)
+        self._p2p.allow({layer: tuple(experts) for layer, experts in held.items()}, min_epoch)
 
     async def adopt(self, epoch: Epoch) -> None:
         """Collective transport: enters this epoch; returns when its group is formed. Raises GroupBroken."""
-        assert isinstance(self._server, CollectiveServer), "serve comes first"
+        assert self._collective is not None, "serve comes first, with the collective transport"
         self._epoch = epoch.expert_map.epoch
-        await asyncio.wrap_future(self._server.adopt(epoch))
+        await asyncio.wrap_future(self._collective.adopt(epoch))
 
     async def reconfigure(self, live: LiveSettings) -> None:
         """Takes over what may change while it serves."""
@@ -169,17 +171,17 @@ class ExpertActor:
 
         Returns False with collectives, which have no messages of their own.
         """
-        if not isinstance(self._server, ExpertServer):
+        if self._p2p is None:
             return False
-        self._server.faults = Faults(script, "expert", self._slot)
+        self._p2p.faults = Faults(script, "expert", self._slot)
         return True
 
     async def leave(self) -> None:
         """Stops serving."""
-        if isinstance(self._server, CollectiveServer):
-            self._server.close()
-        elif self._server is not None:
-            self._server.stop()
+        if self._collective is not None:
+            self._collective.close()
+        elif self._p2p is not None:
+            self._p2p.stop()
 
     async def until_ended(self) -> None:
         await self._member.until_ended()
@@ -189,26 +191,25 @@ class ExpertActor:
         return self._member.loaded
 
     async def report(self) -> ExpertReport:
-        server = self._server
         return ExpertReport(
             self._member.status(),
             self._member.incarnation,
             self._rows(),
             self._experts.held,
-            server.address if isinstance(server, ExpertServer) else None,
+            None if self._p2p is None else self._p2p.address,
         )
 
     def _report_metrics(self) -> None:
         report_rows(self._metrics, self._slot, self._rows(), self._experts.held)
 
     def _rows(self) -> dict[int, tuple[int, ...]]:
-        server, num_experts = self._server, self._text_config.num_local_experts
-        if isinstance(server, ExpertServer):
-            counts = {layer: dict(rows) for layer, rows in server.stats.rows.items()}
+        num_experts = self._text_config.num_local_experts
+        if self._p2p is not None:
+            counts = {layer: dict(rows) for layer, rows in self._p2p.stats.rows.items()}
             return {layer: tuple(rows.get(e, 0) for e in range(num_experts)) for layer, rows in counts.items()}
-        if server is None or server.stats is None:
+        if self._collective is None or self._collective.stats is None:
             return {}
-        return {layer: tuple(rows_E.tolist()) for layer, rows_E in server.stats.rows_E.items()}
+        return {layer: tuple(rows_E.tolist()) for layer, rows_E in self._collective.stats.rows_E.items()}
 
     # ---- for Ray's dashboard
 
@@ -225,4 +226,6 @@ class ExpertActor:
 
 
 def _bytes_of(tensor: torch.Tensor) -> NDArray[np.uint8]:
+    import torch
+
     return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()

@@ -17,16 +17,15 @@ import ray
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
-from actors.member import Layout
 from actors.reasons import first_line
 from actors.rendezvous import Rendezvous
+from actors.reports import Layout
 from actors.seats import Seat, empty, give_up, release_all, sit
 from actors.status import EngineHandle
 from cluster.config import DeploymentConfig
 from cluster.holdings import Holdings, cost, survives
 from cluster.launch import NAMESPACE
-from dispatch.collective import Epoch
-from dispatch.groups import World
+from dispatch.epoch import Epoch, World
 from dispatch.topology import Topology
 
 log = logging.getLogger("herder")

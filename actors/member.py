@@ -11,32 +11,24 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import ray
-import torch
 from ray.actor import ActorHandle
 
+from actors.giving_way import giving_way
 from actors.logs import set_up_logs
 from actors.status import ActorStatus
 from cluster.config import DeploymentConfig, RoleConfig
-from cluster.holdings import Holdings
 from cluster.launch import CONTROLLER, NAMESPACE
-from dispatch.collective import Epoch
-from dispatch.groups import EpochGroup
-from dispatch.store import StoreClients, connect_store
+from dispatch.epoch import Epoch
+
+if TYPE_CHECKING:
+    from dispatch.groups import EpochGroup
+    from dispatch.store import StoreClients
 
 log = logging.getLogger("herder")
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What a deployment is meant to be: its attention actors' ranks, and what its slots hold, dead or alive."""
-
-    ranks: tuple[int, ...]
-    holdings: Holdings
 
 
 class Member:
@@ -54,6 +46,8 @@ class Member:
         role: RoleConfig,
         config: DeploymentConfig,
     ) -> None:
+        import torch  # here, as in all that the controller imports too: it takes seconds
+
         set_up_logs(config.log_level, config.log_format)
         torch.set_num_threads(role.compute_threads)
         self.kind: Literal["attention", "expert"] = kind
@@ -77,12 +71,15 @@ class Member:
         """Runs `work` beside the event loop, so that progress can be asked for meanwhile."""
         self.state = "loading"
         self._events = asyncio.get_running_loop()
-        await asyncio.to_thread(work)
+        await asyncio.to_thread(giving_way, work)
         self.state = "loaded"
         log.info("%s loaded bytes=%d device=%s", self.name, self.loaded[0], self.device)
 
     def form_group(self, epoch: Epoch) -> EpochGroup:
         """Meets all other members of the epoch; on the loop's thread. Raises GroupBroken."""
+        from dispatch.groups import EpochGroup
+        from dispatch.store import connect_store
+
         world = epoch.world
         rank = world.attention_rank(self.number) if self.kind == "attention" else world.slot_rank(self.number)
         timeout_s = self.config.transport.timeout_s

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from actors import series
 from actors.series import Series
-from actors.timed_dispatcher import TimedDispatcher
-from dispatch.all_to_all import DispatchStats
 from engine.request import EngineLoad
+
+if TYPE_CHECKING:
+    from actors.timed_dispatcher import TimedDispatcher
+    from dispatch.all_to_all import DispatchStats
 
 _EVERY_S = 2.0  # more often than Ray exports
 _LEAST = 5e-324  # the smallest number there is: it adds nothing to any count

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import ray
 
-from dispatch.store import host_store
-
 
 @ray.remote(num_cpus=0)
 class Rendezvous:
     def __init__(self) -> None:
+        from dispatch.store import host_store  # with torch, which whoever starts this does without
+
         self._host = ray.util.get_node_ip_address()
         self._store, self._port = host_store(self._host)
 

@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 from actors.fleet import Fleet, Unservable
 from actors.reasons import first_line
 from actors.seats import Seat
-from dispatch.groups import GroupBroken
+from dispatch.epoch import GroupBroken
 
 log = logging.getLogger("herder")
 

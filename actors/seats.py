@@ -22,8 +22,9 @@ from ray.actor import ActorHandle
 from ray.util.placement_group import PlacementGroup, get_placement_group, placement_group_table
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from actors.attention import AttentionActor, AttentionReport
-from actors.expert import ExpertActor, ExpertReport
+from actors.attention import AttentionActor
+from actors.expert import ExpertActor
+from actors.reports import AttentionReport, ExpertReport
 from cluster.config import DeploymentConfig, RoleConfig
 from cluster.launch import NAMESPACE, release, reserve
 from cluster.placement import RoleBundles, bundles

@@ -23,9 +23,10 @@ from torch import Tensor
 from bench.common import Cell, JsonFile, Report, seconds
 from bench.limits import tcp_round_trip
 from dispatch.all_to_all import AllToAllDispatcher, ExpertRank
+from dispatch.epoch import World
 from dispatch.expert_map import ExpertMap
 from dispatch.expert_server import ExpertServer
-from dispatch.groups import EpochGroup, World
+from dispatch.groups import EpochGroup
 from dispatch.p2p import P2PDispatcher
 from dispatch.p2p_gate import P2PGate
 from dispatch.store import connect_store, host_store

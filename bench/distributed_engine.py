@@ -23,10 +23,11 @@ from torch import Tensor
 
 from bench.local_engine import DecodeRun, LocalEngine, Shape
 from dispatch.all_to_all import ExpertRank
-from dispatch.collective import CollectiveGate, Epoch
+from dispatch.collective import CollectiveGate
+from dispatch.epoch import Epoch, World
 from dispatch.expert_map import ExpertMap
 from dispatch.expert_server import ExpertServer
-from dispatch.groups import EpochGroup, World
+from dispatch.groups import EpochGroup
 from dispatch.lockstep import Lockstep
 from dispatch.p2p import P2PDispatcher
 from dispatch.p2p_gate import P2PGate

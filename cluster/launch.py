@@ -15,7 +15,6 @@ from typing import Any
 
 import psutil
 import ray
-from ray.exceptions import GetTimeoutError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
 from cluster.config import DeploymentConfig
@@ -97,13 +96,14 @@ def connect(config: DeploymentConfig, address: str | None) -> Path | None:
         "num_cpus": num_cpus,
         "include_dashboard": True if address is None else None,
         "namespace": NAMESPACE,
-        "runtime_env": {"env_vars": ENVIRONMENT},
         "log_to_driver": False,
         "logging_level": logging.ERROR,
     }
     if address is not None:
-        ray.init(**options)
+        ray.init(**options, runtime_env={"env_vars": ENVIRONMENT})
         return None
+    # Ray's processes inherit it. Workers that Ray starts in advance could not serve a job with a runtime_env.
+    os.environ.update(ENVIRONMENT)
     return _start_local(options)
 
 
@@ -155,16 +155,14 @@ def reserve(name: str, role: RoleBundles, timeout_s: float) -> PlacementGroup:
         name=f"{NAMESPACE}-{name}",
         lifetime="detached",
     )
-    try:
-        ray.get(group.ready(), timeout=timeout_s)
-    except GetTimeoutError:
+    if not group.wait(timeout_s):
         release(group)
         available: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
         free = {name: amount for name, amount in available.items() if ":" not in name}
         raise PlacementError(
             f"{name}.actors: no room for {len(role.bundles)} actors of {role.bundles[0]} each ({role.strategy}) within "
             f"placement_timeout_s ({timeout_s:g}); the cluster has {free} free"
-        ) from None
+        )
     return group
 
 

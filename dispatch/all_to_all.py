@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dispatch.epoch import GroupBroken, StaleEpoch
 from dispatch.expert_map import ExpertMap
-from dispatch.groups import EpochGroup, GroupBroken, StaleEpoch, Transfer
+from dispatch.groups import EpochGroup, Transfer
 from dispatch.routing import GroupedExperts, HolderTable, Route, by_expert, route
 
 _HEADER_FIELDS = 3  # epoch, layer, bytes per row

@@ -17,23 +17,13 @@ import torch
 from torch import Tensor
 
 from dispatch.all_to_all import AllToAllDispatcher, DispatchStats, ExpertRank, Ticket
-from dispatch.expert_map import ExpertMap
+from dispatch.epoch import Epoch, GroupBroken
 from dispatch.gate import StepAnswer
-from dispatch.groups import EpochGroup, GroupBroken, World
+from dispatch.groups import EpochGroup
 from dispatch.lockstep import Lockstep
 from dispatch.routing import GroupedExperts
 
 log = logging.getLogger("herder")
-
-
-@dataclass(frozen=True, slots=True)
-class Epoch:
-    """What a member must know to join: where the experts are, who takes part, and where the members meet."""
-
-    expert_map: ExpertMap
-    world: World
-    store_host: str
-    store_port: int
 
 
 Form = Callable[[Epoch], EpochGroup]

@@ -19,7 +19,6 @@ cannot run on a machine without GPUs; there only the choice of backend is tested
 
 import ipaddress
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -28,60 +27,10 @@ from torch import Tensor
 from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed import ProcessGroup, ProcessGroupGloo
 
+from dispatch.epoch import GroupBroken, World
 from dispatch.store import StoreClients
 
 _CPU = torch.device("cpu")
-
-
-class GroupBroken(RuntimeError):
-    """The epoch's group is of no use any more: a member died, went silent or broke the protocol. Close it."""
-
-    def __init__(self, epoch: int, doing: str, reason: object) -> None:
-        super().__init__(f"epoch {epoch}: group broken while {doing}: {reason}")
-        self.epoch = epoch
-        self.doing = doing
-        self.reason = str(reason)
-
-    def __reduce__(self) -> tuple[type["GroupBroken"], tuple[int, str, str]]:
-        return type(self), (self.epoch, self.doing, self.reason)
-
-
-class StaleEpoch(GroupBroken):
-    """A member speaks for another epoch or another step; the message has both numbers."""
-
-
-@dataclass(frozen=True)
-class World:
-    """Who takes part: ids of attention members and ids of expert slots. Either may have gaps.
-
-    Raises:
-        ValueError: no attention member, no slot, or one named twice.
-    """
-
-    attention: tuple[int, ...]
-    slots: tuple[int, ...]
-
-    def __post_init__(self) -> None:
-        for name, ids in (("attention", self.attention), ("slots", self.slots)):
-            if not ids or len(set(ids)) != len(ids):
-                raise ValueError(f"{name} must be one or more different ids, got {ids}")
-
-    @property
-    def size(self) -> int:
-        return len(self.attention) + len(self.slots)
-
-    def attention_rank(self, member: int) -> int:
-        """Rank of an attention member."""
-        return self.attention.index(member)
-
-    def slot_rank(self, slot: int) -> int:
-        """Rank of a slot."""
-        return len(self.attention) + self.slots.index(slot)
-
-    def name(self, rank: int) -> str:
-        """What a rank is, for messages: "attention 0", "slot 3"."""
-        first_slot = len(self.attention)
-        return f"attention {self.attention[rank]}" if rank < first_slot else f"slot {self.slots[rank - first_slot]}"
 
 
 class Transfer:

@@ -36,7 +36,8 @@ import torch
 from torch._C._distributed_c10d import PrefixStore
 from torch.distributed import DistStoreError
 
-from dispatch.groups import EpochGroup, GroupBroken, StaleEpoch
+from dispatch.epoch import GroupBroken, StaleEpoch
+from dispatch.groups import EpochGroup
 
 _HEADER_FIELDS = 4  # epoch, step, rows, leaving
 _WAIT = timedelta(hours=1)  # then the store is asked again

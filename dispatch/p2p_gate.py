@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 import torch
 
 from dispatch.connections import Connection, HandshakeFailed, Hello, connect
+from dispatch.epoch import GroupBroken
 from dispatch.gate import StepAnswer
-from dispatch.groups import GroupBroken
 from dispatch.p2p import P2PDispatcher
 from dispatch.topology import SlotAddress, Topology
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol
 
+from dispatch.epoch import GroupBroken
 from dispatch.gate import StepAnswer
-from dispatch.groups import GroupBroken
 from engine.grammar import Matcher, replay
 from engine.patches import PromptPatches
 from engine.request import SHUTTING_DOWN, EngineLoad, ErrorCode, FinishReason, Request, RequestError, RequestOutput

@@ -21,15 +21,16 @@ def inverse_frequencies(config: TextConfig, device: torch.device | str) -> Tenso
     below L / high_freq_factor stay, and between the two f becomes (1 - s) * f / factor + s * f with
     s = (L / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor); L is the original context length.
     """
-    exponents_F = torch.arange(0, config.head_dim, 2, dtype=torch.float32, device=device) / config.head_dim
+    # Made on the CPU: for a range on the device "meta" torch imports its compiler, which takes a second.
+    exponents_F = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequencies_F = 1.0 / (config.rope_theta**exponents_F)
     scaling = config.rope_scaling
     if scaling is None:
-        return frequencies_F
+        return frequencies_F.to(device)
     turns_F = scaling.original_max_position_embeddings / (2 * math.pi / frequencies_F)  # L / wavelength
     smooth_F = (turns_F - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     smooth_F = smooth_F.nan_to_num(nan=1.0).clamp(0.0, 1.0)  # Scout has equal factors: a step, by division by zero
-    return (1 - smooth_F) * frequencies_F / scaling.factor + smooth_F * frequencies_F
+    return ((1 - smooth_F) * frequencies_F / scaling.factor + smooth_F * frequencies_F).to(device)
 
 
 def rotation(positions_T: Tensor, frequencies_F: Tensor) -> Tensor:

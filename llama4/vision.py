@@ -167,10 +167,11 @@ def tile_rotation(config: VisionConfig, device: torch.device | str) -> Tensor:
     The first half of the pairs turns by the patch's column, the other by its row, counted from 1, times
     theta^(-4i/K), i = 0 .. F/2 - 1 (axial, as in Pixtral, arXiv:2410.07073). The class row, the last, does not turn.
     """
-    exponents = torch.arange(0, config.head_dim, 4, dtype=torch.float32, device=device) / config.head_dim
+    # Made on the CPU, for the same reason as rope.inverse_frequencies.
+    exponents = torch.arange(0, config.head_dim, 4, dtype=torch.float32) / config.head_dim
     frequencies = 1.0 / config.rope_theta**exponents
-    lines = torch.arange(1, config.patches + 1, dtype=torch.float32, device=device)[:, None] * frequencies
+    lines = torch.arange(1, config.patches + 1, dtype=torch.float32)[:, None] * frequencies
     by_column = lines.repeat(config.patches, 1)
     by_row = lines.repeat_interleave(config.patches, dim=0)
     angles_SF = F.pad(torch.cat([by_column, by_row], dim=1), (0, 0, 0, 1))
-    return torch.polar(torch.ones_like(angles_SF), angles_SF)[:, None]
+    return torch.polar(torch.ones_like(angles_SF), angles_SF)[:, None].to(device)

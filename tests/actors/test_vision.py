@@ -14,7 +14,8 @@ from PIL import Image
 from actors import vision
 from actors.embeddings import to_tensor
 from actors.encoded_images import EncodedImage
-from actors.vision import Vision, build_vision
+from actors.vision import Vision
+from actors.vision_app import build_vision
 from cluster.config import DeploymentConfig
 from engine.image_spec import ImageSpec
 from engine.images import ImageLimits, choose_grid, image_digest, image_tokens, read_image

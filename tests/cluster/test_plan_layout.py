@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from actors.attention import layer_groups
+from actors.engine_parts import layer_groups
 from cluster.config import DeploymentConfig, Strategy, load_config
 from cluster.machines import MACHINES
 from cluster.model_shape import PRECISIONS

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dispatch.all_to_all import AllToAllDispatcher, ExpertRank
+from dispatch.epoch import World
 from dispatch.expert_map import ExpertMap
-from dispatch.groups import EpochGroup, World
+from dispatch.groups import EpochGroup
 from dispatch.local import LocalDispatcher
 from dispatch.store import StoreClients, connect_store
 

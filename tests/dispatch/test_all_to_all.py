@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from dispatch.all_to_all import AllToAllDispatcher, ExpertRank
+from dispatch.epoch import GroupBroken, StaleEpoch, World
 from dispatch.expert_map import ExpertMap
-from dispatch.groups import EpochGroup, GroupBroken, StaleEpoch, World
+from dispatch.groups import EpochGroup
 from dispatch.local import LocalDispatcher
 from tests.dispatch.members import (
     LAYERS,

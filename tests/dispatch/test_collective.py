@@ -7,8 +7,9 @@ from multiprocessing.connection import Connection
 import pytest
 import torch
 
-from dispatch.collective import CollectiveGate, CollectiveServer, Epoch
-from dispatch.groups import EpochGroup, GroupBroken, World
+from dispatch.collective import CollectiveGate, CollectiveServer
+from dispatch.epoch import Epoch, GroupBroken, World
+from dispatch.groups import EpochGroup
 from dispatch.local import LocalDispatcher
 from tests.dispatch.members import LAYERS, NUM_EXPERTS, WIDTH, Case, RowwiseExperts, connect, form, make_batch, make_map
 from tests.dispatch.pool import start_process

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from dispatch.groups import GroupBroken, StaleEpoch
+from dispatch.epoch import GroupBroken, StaleEpoch
 from dispatch.lockstep import Lockstep, StepHeader
 from dispatch.store import host_store
 from tests.dispatch.members import connect, form, make_world

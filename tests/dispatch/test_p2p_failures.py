@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dispatch.epoch import GroupBroken
 from dispatch.expert_map import ExpertMap
 from dispatch.faults import Fault
-from dispatch.groups import GroupBroken
 from dispatch.topology import Topology
 from tests.dispatch.members import NUM_EXPERTS, WIDTH, RowwiseExperts
 from tests.dispatch.p2p_world import SECRET, Attention, Servers, open_fds, process

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dispatch.groups import GroupBroken
+from dispatch.epoch import GroupBroken
 from engine.engine import SoloGate
 from llama4.moe import Dispatcher, Ticket
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from dispatch.groups import GroupBroken
+from dispatch.epoch import GroupBroken
 from engine.engine import Engine, SoloGate
 from engine.request import SHUTTING_DOWN, ErrorCode, FinishReason, Request, RequestOutput, RequestRejected
 from engine.sequence import ScheduledSequence
