@@ -11,6 +11,7 @@ import re
 from datetime import UTC, datetime
 from typing import Literal
 
+_CHATTY = ("PIL", "urllib3", "grpc")  # libraries that at DEBUG write several lines for each image or request
 _TEXT = "%(asctime)s %(levelname)s %(name)s %(message)s"
 _FIELD = re.compile(r"(\w+)=%\.?\d*\w")
 _CONVERSION = re.compile(r"%\.?\d*[a-z]")
@@ -21,6 +22,8 @@ def set_up_logs(level: str, form: Literal["text", "json"]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=level, handlers=[handler])
+    for name in _CHATTY:
+        logging.getLogger(name).setLevel(logging.INFO)
 
 
 class JsonFormatter(logging.Formatter):

@@ -1,17 +1,24 @@
-"""Image encoders of a live deployment: they scale from zero and back, encode an image once, and may be killed."""
+"""Image encoders of a live deployment: they scale from zero and back, encode an image once, and may be killed.
+
+The deployment sends traces and writes its logs as JSON, which a request about an image shows as a whole.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
+import ray
 
 from actors.deployment import Deployment
 from herder.v1 import control_pb2
+from tests.e2e.collector import Collector, collecting
 from tests.e2e.conftest import running
 from tests.e2e.harm import Control
 from tests.e2e.pictures import Reply, ask, encoders, images_encoded, png, running_encoders
@@ -29,8 +36,14 @@ FROM_ZERO = (
 
 
 @pytest.fixture(scope="module")
-def deployment() -> Iterator[Deployment]:
-    with running(*FROM_ZERO) as found:
+def collector() -> Iterator[Collector]:
+    with collecting() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def deployment(collector: Collector) -> Iterator[Deployment]:
+    with running(*FROM_ZERO, f"tracing.endpoint={collector.url}", "log_format=json") as found:
         yield found
 
 
@@ -130,3 +143,25 @@ async def test_answers_about_images_move_to_another_engine(client, deployment):
     control.hurt("attention-0")
     assert all(now.is_like(then) for now, then in zip(await asking, before, strict=True))
     control.until_whole()
+
+
+async def test_a_request_is_one_trace_and_its_log_lines_are_json(client, collector):
+    client.headers["X-Request-Id"] = "traced"
+    await ask(client, [png(3000)])
+    spans = [
+        ("herder-gateway", "chat tiny", None),
+        ("herder-gateway", "decode", "engine"),
+        ("herder-vision", "encode image", "encode images"),
+        ("herder-gateway", "encode images", "chat tiny"),
+        ("herder-gateway", "engine", "chat tiny"),
+        ("herder-gateway", "prefill", "engine"),
+        ("herder-gateway", "queue", "engine"),
+    ]
+    await until(lambda: collector.trace_of("chatcmpl-traced") == spans)
+
+    logs = Path(ray._private.worker.global_worker.node.get_logs_dir_path())
+    lines = [line for file in logs.glob("worker-*.err") for line in file.read_text().splitlines()]
+    ended = [json.loads(line) for line in lines if "chatcmpl-traced" in line]
+    assert [(line["event"], line["request_id"], line["reason"]) for line in ended] == [
+        ("request ended", "chatcmpl-traced", "length")
+    ]

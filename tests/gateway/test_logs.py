@@ -11,7 +11,7 @@ import pytest
 
 from actors.api_keys import NO_KEYS
 from actors.grpc_api import Refused
-from actors.logs import JsonFormatter
+from actors.logs import JsonFormatter, set_up_logs
 from engine.request import ErrorCode, RequestRejected
 from herder.v1 import inference_pb2 as pb
 from herder.v1.types_pb2 import SamplingParams
@@ -121,6 +121,13 @@ async def test_prompts_are_logged_if_asked(asgi, core, everything):
     await asgi.post("/v1/chat/completions", json=chat(MARK))
     (found,) = [record for record in everything.records if record.getMessage().startswith("prompt ")]
     assert MARK in found.getMessage() and found.levelno == logging.INFO
+
+
+def test_only_herders_own_lines_are_for_debugging(everything):
+    set_up_logs("DEBUG", "json")
+    assert logging.getLogger("herder").isEnabledFor(logging.DEBUG)
+    for library in ("PIL.PngImagePlugin", "urllib3.connectionpool", "grpc._cython.cygrpc"):
+        assert not logging.getLogger(library).isEnabledFor(logging.DEBUG)
 
 
 def test_a_record_as_json():
