@@ -14,13 +14,18 @@ settings.load_profile("herder")
 _APART = ("tests/e2e/test_deploy_yaml.py", "tests/e2e/test_hosts.py")  # from the Ray of other tests
 
 
+# The first ones kill and start most actors, and the last one measures for minutes: neither beside another deployment,
+# such as those apart, which the other worker comes to when it has run all the rest.
+_ORDER = ("failover", "", "balance", "elastic", "soak")
+
+
 def _turn(file: str) -> int:
-    """The soak takes its minutes however busy the machine is: it is first, and whatever starts most processes last."""
     if file in _APART:
-        return 3
-    if file.startswith("tests/e2e/"):
-        return 0 if file.endswith("/test_soak.py") else 1
-    return 2
+        return len(_ORDER) + 1
+    if not file.startswith("tests/e2e/"):
+        return len(_ORDER)
+    name = file.removeprefix("tests/e2e/test_")
+    return next((turn for turn, start in enumerate(_ORDER) if start and name.startswith(start)), 1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

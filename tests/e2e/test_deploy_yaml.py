@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -74,30 +76,45 @@ class RayCluster:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     folder = tmp_path_factory.mktemp("serve")
     port, dashboard = free_port(), free_port()
+    end_kept()
+    url = f"http://127.0.0.1:{dashboard}"
+    node = start_node(port, dashboard, folder / "ray.log")
+    try:
+        until(lambda: answers(f"{url}/api/gcs_healthz"), "Ray's dashboard")
+        ray.init(address=f"127.0.0.1:{port}", namespace="looks-on", log_to_driver=False)
+        yield RayCluster(url, folder / "serve.yaml")
+    finally:
+        ray.shutdown()
+        processes = psutil.Process(node.pid).children(recursive=True)
+        node.terminate()
+        node.wait(60)
+        _, alive = psutil.wait_procs(processes, timeout=20)
+        for process in alive:
+            process.kill()
+
+
+def start_node(port: int, dashboard: int, said: Path, attempts: int = 3) -> subprocess.Popen[bytes]:
+    """A node that is up. On a busy machine it may take longer than Ray gives it, and is started again.
+
+    Before its raylet is up, Ray takes another cluster's on this machine for it, and waits in vain.
+    """
     command = [
         BIN / "ray", "start", "--head", "--block", "--num-cpus=4", "--disable-usage-stats",
         f"--port={port}", f"--dashboard-port={dashboard}", f"--dashboard-agent-listen-port={free_port()}",
         f"--ray-client-server-port={free_port()}", "--node-ip-address=127.0.0.1",
     ]  # fmt: skip
-    end_kept()
-    said = folder / "ray.log"
-    with said.open("w") as log:
-        node = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT)
-        try:
-            url = f"http://127.0.0.1:{dashboard}"
-            # Before its raylet is up, Ray takes another cluster's on this machine for it, and waits in vain.
-            until(lambda: node.poll() is None and "Ray runtime started" in said.read_text(), "Ray's node")
-            until(lambda: answers(f"{url}/api/gcs_healthz"), "Ray's dashboard")
-            ray.init(address=f"127.0.0.1:{port}", namespace="looks-on", log_to_driver=False)
-            yield RayCluster(url, folder / "serve.yaml")
-        finally:
-            ray.shutdown()
-            processes = psutil.Process(node.pid).children(recursive=True)
-            node.terminate()
-            node.wait(60)
-            _, alive = psutil.wait_procs(processes, timeout=20)
-            for process in alive:
-                process.kill()
+    for _ in range(attempts):
+        with said.open("w") as log:
+            node = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT
+            )
+        while node.poll() is None:
+            if "Ray runtime started" in said.read_text():
+                return node
+            time.sleep(0.3)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)  # what it leaves of itself
+    raise AssertionError(said.read_text())
 
 
 def answers(url: str) -> bool:

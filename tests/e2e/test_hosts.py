@@ -20,6 +20,7 @@ from tests.e2e.test_topology import HERDER, PROMPTS, grpc_tokens, http_tokens, s
 TOOLS = [tool for tool in ("ip", "unshare", "nsenter") if shutil.which(tool) is None]
 pytestmark = [
     pytest.mark.cluster,
+    pytest.mark.timeout(600),
     pytest.mark.skipif(os.geteuid() != 0, reason="network namespaces need root"),
     pytest.mark.skipif(bool(TOOLS), reason=f"not installed: {', '.join(TOOLS)}"),
 ]
@@ -39,7 +40,7 @@ SETTINGS = (
 QUICK = {
     "RAY_health_check_initial_delay_ms": "1000",
     "RAY_health_check_period_ms": "500",
-    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "4",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
 }
@@ -61,7 +62,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     end_kept()
     with hosts(tmp_path_factory.mktemp("hosts"), "head", "left", "right") as (head, *others):
         up = head.start(HERDER, "up", "--head", "--resource", "attends=1", *QUIET, log="up", environment=QUICK)
-        head.until_said("up", "Ctrl-C ends", up, 60)
+        head.until_said("up", "Ctrl-C ends", up, 180)
         address = f"{head.address}:6379"
         joined = {}
         for host in others:
@@ -69,10 +70,10 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
             command = (HERDER, "join", address, "--resource", "expert_host=1")
             joined[host.address] = host, host.start(*command, log="join", environment=QUICK)
         for host, join in joined.values():
-            host.until_said("join", "is in the cluster", join, 60)
+            host.until_said("join", "is in the cluster", join, 180)
         settings = [word for setting in SETTINGS for word in ("--set", setting)]
         serve = head.start(HERDER, "serve", str(CONFIG), "--address", "auto", *settings, log="serve")
-        head.until_said("serve", "Ctrl-C", serve, 120)
+        head.until_said("serve", "Ctrl-C", serve, 240)
         yield Served(joined, f"http://{head.address}:8000", f"{head.address}:9000")
 
 
