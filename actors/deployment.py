@@ -14,8 +14,8 @@ from typing import Any
 import ray
 from ray import serve
 from ray.actor import ActorHandle
-from ray.exceptions import RayError
-from ray.serve.schema import ApplicationStatus
+from ray.exceptions import ActorDiedError, RayError
+from ray.serve.schema import ApplicationStatus, ProxyStatus
 
 from actors.client import EngineClient
 from actors.controller import Controller
@@ -130,7 +130,12 @@ def _serve(config: DeploymentConfig, controller: ActorHandle) -> None:
     grpc_options = None
     if gateway.grpc.mode == "serve":
         grpc_options = {"port": gateway.grpc_port, "grpc_servicer_functions": list(GRPC_SERVICER_FUNCTIONS)}
-    serve.start(http_options={"host": gateway.host, "port": gateway.http_port}, grpc_options=grpc_options)
+    options = {"host": gateway.host, "port": gateway.http_port}
+    try:
+        serve.start(http_options=options, grpc_options=grpc_options)
+    except ActorDiedError:
+        # Serve replaces a proxy that a busy machine is too slow to start, by itself, and only this wait is lost.
+        serve.start(http_options=options, grpc_options=grpc_options)
     ray.get(controller.placed.remote())  # the encoder has what room the actors leave
     check_room(config)
     app = application(config, partial(_connect, connect_to_engines(config)), gateways_at=AT_HEAD)
@@ -145,10 +150,12 @@ async def _connect(connect: Connect) -> EngineClient:
 
 
 def _wait_until_served() -> None:
-    """Raises RuntimeError when Serve cannot bring up the gateways or the encoder."""
+    """Until gateways, encoder and proxies are up. Raises RuntimeError when Serve cannot bring them up."""
     while True:
-        app = serve.status().applications[APP_NAME]
-        if app.status == ApplicationStatus.RUNNING:
+        status = serve.status()
+        app = status.applications[APP_NAME]
+        proxies = all(proxy == ProxyStatus.HEALTHY for proxy in status.proxies.values())
+        if app.status == ApplicationStatus.RUNNING and proxies:
             return
         if app.status == ApplicationStatus.DEPLOY_FAILED:
             raise RuntimeError(f"the gateways did not start: {app.message}")
