@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from actors.dashboard import StateShown, call_in_state
 from actors.giving_way import import_giving_way
+from actors.logs import set_level
 from actors.member import Member, log
 from actors.outbox import Outbox
 from actors.ray_metrics import RayMetrics, report_engine, report_regularly, report_transport
@@ -129,7 +129,7 @@ class AttentionActor:
 
     async def reconfigure(self, live: LiveSettings) -> None:
         """Takes over what may change while requests run."""
-        logging.getLogger().setLevel(live.log_level)
+        set_level(live.log_level)
         if self._engine is not None:
             self._engine.limit_waiting(live.max_waiting)
 

@@ -24,7 +24,7 @@ from actors.adoption import adopt
 from actors.dashboard import StateShown, call_in_state
 from actors.elastic import Elastic
 from actors.fleet import Fleet
-from actors.logs import set_up_logs
+from actors.logs import set_level, set_up_logs
 from actors.ray_metrics import RayMetrics, report_cluster, report_regularly
 from actors.repair import Repair
 from actors.reports import AttentionReport, ExpertReport
@@ -184,7 +184,7 @@ class Controller:
         if live == LiveSettings.of(self._config):
             return
         self._config = self._fleet.config = live.over(self._config)
-        logging.getLogger().setLevel(live.log_level)
+        set_level(live.log_level)
         await asyncio.gather(
             *(_within(seat.handle.reconfigure.remote(live)) for seat in self._fleet.seats() if seat.actor is not None)
         )

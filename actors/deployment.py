@@ -131,10 +131,8 @@ def _serve(config: DeploymentConfig, controller: ActorHandle) -> None:
     if gateway.grpc.mode == "serve":
         grpc_options = {"port": gateway.grpc_port, "grpc_servicer_functions": list(GRPC_SERVICER_FUNCTIONS)}
     options = {"host": gateway.host, "port": gateway.http_port}
-    try:
-        serve.start(http_options=options, grpc_options=grpc_options)
-    except ActorDiedError:
-        # Serve replaces a proxy that a busy machine is too slow to start, by itself, and only this wait is lost.
+    # Serve itself replaces a proxy that a busy machine is too slow to start: only the wait for the first one is lost.
+    with suppress(ActorDiedError):
         serve.start(http_options=options, grpc_options=grpc_options)
     ray.get(controller.placed.remote())  # the encoder has what room the actors leave
     check_room(config)

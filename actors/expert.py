@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from ray.exceptions import RayError
 
 from actors.dashboard import StateShown, call_in_state, held_in_words
 from actors.giving_way import import_giving_way
+from actors.logs import set_level
 from actors.member import Member, log
 from actors.ray_metrics import RayMetrics, report_regularly, report_rows
 from actors.reports import ExpertReport
@@ -164,7 +164,7 @@ class ExpertActor:
 
     async def reconfigure(self, live: LiveSettings) -> None:
         """Takes over what may change while it serves."""
-        logging.getLogger().setLevel(live.log_level)
+        set_level(live.log_level)
 
     async def go_wrong(self, script: Sequence[Fault]) -> bool:
         """For drills: lets these befall its answers, instead of what was asked for before.

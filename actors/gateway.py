@@ -23,7 +23,7 @@ from actors.http_api import build_http_app
 from actors.image_fetch import ImageFetcher
 from actors.image_hosts import HostRules
 from actors.image_prompt import ImagePrompts
-from actors.logs import set_up_logs
+from actors.logs import set_level, set_up_logs
 from actors.model_info import ModelInfo
 from actors.ray_metrics import RayMetrics
 from cluster.config import GatewayConfig, TracingConfig, VisionConfig
@@ -90,7 +90,7 @@ class Gateway(grpc_server.Servicers):
 
     def reconfigure(self, user_config: Mapping[str, str]) -> None:
         """Serve's `user_config`: the log level, which may change while requests run."""
-        logging.getLogger().setLevel(user_config["log_level"])
+        set_level(user_config["log_level"])
 
     async def __del__(self) -> None:  # Serve awaits it, before it ends the replica, be it up or not
         if self._standalone is not None:

@@ -22,8 +22,15 @@ def set_up_logs(level: str, form: Literal["text", "json"]) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter() if form == "json" else logging.Formatter(_TEXT))
     logging.basicConfig(level=level, handlers=[handler])
+    set_level(logging.getLogger().level)
+
+
+def set_level(level: str | int) -> None:
+    """From now on, this process logs at this level; libraries not below INFO."""
+    root = logging.getLogger()
+    root.setLevel(level)
     for name in _CHATTY:
-        logging.getLogger(name).setLevel(logging.INFO)
+        logging.getLogger(name).setLevel(max(root.level, logging.INFO))
 
 
 class JsonFormatter(logging.Formatter):

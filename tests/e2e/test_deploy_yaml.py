@@ -108,13 +108,16 @@ def start_node(port: int, dashboard: int, said: Path, attempts: int = 3) -> subp
             node = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT
             )
-        while node.poll() is None:
-            if "Ray runtime started" in said.read_text():
-                return node
-            time.sleep(0.3)
+        if comes_up(node, said):
+            return node
         with contextlib.suppress(ProcessLookupError):
             os.killpg(node.pid, signal.SIGKILL)  # what it leaves of itself
     raise AssertionError(said.read_text())
+
+
+def comes_up(node: subprocess.Popen[bytes], said: Path) -> bool:
+    until(lambda: node.poll() is not None or "Ray runtime started" in said.read_text(), "Ray's node")
+    return node.poll() is None
 
 
 def answers(url: str) -> bool:

@@ -18,7 +18,8 @@ import ray
 
 from actors.deployment import Deployment
 from herder.v1 import control_pb2
-from tests.e2e.collector import Collector, collecting
+from tests.collector import Collector
+from tests.collector import collector as collecting
 from tests.e2e.conftest import running
 from tests.e2e.harm import Control
 from tests.e2e.pictures import Reply, ask, encoders, images_encoded, png, running_encoders

@@ -11,7 +11,7 @@ import pytest
 
 from actors.api_keys import NO_KEYS
 from actors.grpc_api import Refused
-from actors.logs import JsonFormatter, set_up_logs
+from actors.logs import JsonFormatter, set_level, set_up_logs
 from engine.request import ErrorCode, RequestRejected
 from herder.v1 import inference_pb2 as pb
 from herder.v1.types_pb2 import SamplingParams
@@ -128,6 +128,9 @@ def test_only_herders_own_lines_are_for_debugging(everything):
     assert logging.getLogger("herder").isEnabledFor(logging.DEBUG)
     for library in ("PIL.PngImagePlugin", "urllib3.connectionpool", "grpc._cython.cygrpc"):
         assert not logging.getLogger(library).isEnabledFor(logging.DEBUG)
+        assert logging.getLogger(library).isEnabledFor(logging.INFO)
+    set_level("WARNING")
+    assert not logging.getLogger("urllib3.connectionpool").isEnabledFor(logging.INFO)
 
 
 def test_a_record_as_json():

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from pathlib import Path
 
 import grpc
@@ -25,12 +23,13 @@ from cluster.config import DeploymentConfig, TracingConfig
 from engine.request import ErrorCode, ExpertSeconds, FinishReason, RequestError, RequestOutput, Timeline
 from herder.v1 import inference_pb2 as pb
 from herder.v1.inference_pb2_grpc import InferenceServiceStub
+from tests.collector import collector
 from tests.gateway.client_streams import connect, until
-from tests.gateway.collector import collector
 from tests.gateway.conftest import serve_grpc, serve_http
 from tests.gateway.fake_actors import FakeController
 from tests.gateway.fake_actors import FakeEngine as FakeActor
 from tests.gateway.pictures import RED, over_http
+from tests.imports import loaded_by
 
 TINY = Path(__file__).parents[2] / "checkpoints" / "tiny"
 CALLER = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
@@ -214,5 +213,5 @@ async def test_without_an_endpoint_nothing_is_timed_or_imported(core, engine):
     assert start_tracing(TracingConfig(), "gateway") is None
     await ask(core, "/v1/chat/completions", CHAT, traceparent=CALLER)
     assert not engine.requests[-1].timed
-    check = "import sys, actors.gateway, actors.ray_client; sys.exit('opentelemetry.exporter.otlp' in sys.modules)"
-    await asyncio.to_thread(subprocess.run, [sys.executable, "-c", check], check=True, cwd=TINY.parents[1])
+    code = "import actors.gateway, actors.ray_client"
+    assert not await asyncio.to_thread(loaded_by, code, "opentelemetry.exporter.otlp")

@@ -38,6 +38,15 @@ class Collector:
         wanted = self.one(name).span.parent_span_id
         return next((one.span.name for one in self.received if one.span.span_id == wanted), None)
 
+    def trace_of(self, request_id: str) -> list[tuple[str, str, str | None]]:
+        """Service, name, and parent's name of each span in the traces of the request, in the order of their names."""
+        received = list(self.received)
+        traces = {one.span.trace_id for one in received if one.attributes.get("gen_ai.response.id") == request_id}
+        own = [one for one in received if one.span.trace_id in traces]
+        names = {one.span.span_id: one.span.name for one in own}
+        found = [(one.service, one.span.name, names.get(one.span.parent_span_id)) for one in own]
+        return sorted(found, key=lambda service_name_parent: service_name_parent[1])
+
 
 @contextmanager
 def collector() -> Iterator[Collector]:
