@@ -21,6 +21,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from bench.common import apart
 from bench.local_engine import DecodeRun, LocalEngine, Shape
 from dispatch.all_to_all import ExpertRank
 from dispatch.collective import CollectiveGate
@@ -153,7 +154,7 @@ def _attention(
 ) -> None:
     torch.set_num_threads(roles.attention_threads)
     config = TextConfig.from_dir(path)
-    decoder = load_decoder(Checkpoint(path), config, torch.float32, "cpu")
+    decoder = apart(lambda: load_decoder(Checkpoint(path), config, torch.float32, "cpu"))
     dispatcher, gate = _p2p(config, pipe.recv()) if transport == "p2p" else _gloo(config, port)
     watched = _Watched(dispatcher)
     engine = LocalEngine(config, decoder, watched, gate, shape)

@@ -10,7 +10,7 @@ import torch
 import typer
 
 from bench.bounds import Bound, Costs
-from bench.common import DEFAULT_CHECKPOINT, Cell, CheckpointDir, JsonFile, Report, Threads, spread
+from bench.common import DEFAULT_CHECKPOINT, Cell, CheckpointDir, JsonFile, Report, Threads, apart, spread
 from bench.distributed_engine import Roles, Transport, Work, hidden_share, measure
 from bench.limits import Limits
 from bench.local_engine import DecodeRun, LocalEngine, Shape, single_process
@@ -162,7 +162,7 @@ def main(
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: must be of {', '.join(PARTS)}", param_hint="--only")
     torch.set_num_threads(threads)
     report = Report(f"engine, {checkpoint}")
-    limits = Limits.measure(threads)
+    limits = apart(lambda: Limits.measure(threads))
     report.add("limits", [{"read GB/s": limits.bandwidth / 1e9, "fp32 GEMM GFLOP/s": limits.gemm / 1e9}])
     costs = Costs(TextConfig.from_dir(checkpoint))
     ours: dict[str, float] = {}

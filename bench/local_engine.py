@@ -14,6 +14,7 @@ import torch
 
 import engine.step
 import llama4.decoder
+from bench.common import apart
 from bench.stopwatch import Stopwatch
 from dispatch.local import LocalDispatcher
 from engine.engine import Engine, SoloGate, StepGate
@@ -92,6 +93,8 @@ class LocalEngine:
             for kind in set(config.layer_kinds)
         }
         kv = KVPages(config, shape.page_size, dict.fromkeys(groups, pages), torch.float32, "cpu")
+        for layer in range(config.num_hidden_layers):  # an engine that has served for a while has used every page
+            apart(kv.pool(layer).zero_)
         scheduler = Scheduler(
             Limits(shape.max_batch_tokens, shape.max_running, 10_000),
             PageAllocator(groups, shape.page_size),
@@ -163,7 +166,7 @@ def load_everything(path: Path, on_progress: Callable[[int, int], None] | None =
 
 def single_process(path: Path, shape: Shape) -> LocalEngine:
     """The engine with all experts in this process; its stopwatch counts `experts_hit`, (layer, expert) pairs a step."""
-    decoder, experts = load_everything(path)
+    decoder, experts = apart(lambda: load_everything(path))
     config = decoder.config
     made = LocalEngine(config, decoder, LocalDispatcher(experts, config.num_local_experts), SoloGate(), shape)
     made.watch.count(

@@ -11,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama4 import openmp
 from llama4.config import TextConfig
 from llama4.kv_pages import KVPages
 from llama4.linear import linear
 from llama4.memory import zeros
-from llama4.norm import inverse_rms
+from llama4.norm import Epsilon, normalise_
 from llama4.plan import KindPlan, PrefillRun, StepPlan
+from llama4.prefill_attention import attend_causally
 from llama4.rope import rotate_
 
 
@@ -27,9 +29,9 @@ class Attention:
         self._layer = layer
         self._kind = config.layer_kinds[layer]
         self._use_rope = layer in config.rope_layers
-        self._norm_eps: Tensor | None = None
+        self._norm_eps: Epsilon | None = None
         if config.use_qk_norm and self._use_rope:
-            self._norm_eps = torch.tensor(config.rms_norm_eps, dtype=torch.float32, device=device)
+            self._norm_eps = Epsilon(config.rms_norm_eps, device)
         self._heads, self._kv_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_dim = config.head_dim
         query_rows, kv_rows = self._heads * self._head_dim, self._kv_heads * self._head_dim
@@ -68,7 +70,7 @@ class Attention:
             qk_TRE = qkv_THE[:, :rotated]
             rotate_(qk_TRE, plan.rotation_T1F)
             if self._norm_eps is not None:
-                qk_TRE.mul_(inverse_rms(qk_TRE, self._norm_eps))
+                normalise_(qk_TRE, self._norm_eps)
         elif plan.temperature_T11 is not None:
             qkv_THE[:, : self._heads] *= plan.temperature_T11
         q_THE = qkv_THE[:, : self._heads]
@@ -91,25 +93,33 @@ class Attention:
     def _prefill(
         self, q_THE: Tensor, kv_T2KE: Tensor, run: PrefillRun, plan: StepPlan, kv: KVPages, out_THE: Tensor
     ) -> None:
-        """One request's rows within one window: causal by itself at the window's start, else by blocks of queries."""
-        kv_L2KE = kv_T2KE[run.start : run.stop]
-        rows = run.stop - run.start
-        block = rows
+        """One request's rows within one window."""
+        rows = slice(run.start, run.stop)
+        kv_2KLE = kv_T2KE[rows].permute(1, 2, 0, 3)
         if run.history:
             past_L2KE = kv.gather(self._layer, run.pages_P)[run.offset : run.offset + run.history]
-            kv_L2KE = torch.cat((past_L2KE, kv_L2KE))
-            block = plan.query_block
-        k_1KLE, v_1KLE = kv_L2KE[None].permute(2, 0, 3, 1, 4)
-        for first in range(0, rows, block):
-            last = min(rows, first + block)
-            queries = slice(run.start + first, run.start + last)
-            keys = run.history + last
-            out_1HQE = F.scaled_dot_product_attention(
-                q_THE[None, queries].transpose(1, 2),
-                k_1KLE[:, :, :keys],
-                v_1KLE[:, :, :keys],
-                attn_mask=plan.prefill_mask(last - first, keys) if run.history else None,
-                is_causal=not run.history,
-                enable_gqa=True,
-            )
-            out_THE[queries] = out_1HQE[0].transpose(0, 1)
+            kv_2KLE = torch.cat((past_L2KE.permute(1, 2, 0, 3), kv_2KLE), dim=2)
+        if openmp.computes(q_THE):
+            k_KLE, v_KLE = kv_2KLE.contiguous()
+            attend_causally(q_THE[rows], k_KLE, v_KLE, out_THE[rows])
+        else:
+            _attend_in_blocks(q_THE[rows], kv_2KLE, run.history, plan, out_THE[rows])
+
+
+def _attend_in_blocks(q_THE: Tensor, kv_2KLE: Tensor, history: int, plan: StepPlan, out_THE: Tensor) -> None:
+    """By torch: all rows at once if they are the window's first, else by blocks of queries that share a mask."""
+    k_1KLE, v_1KLE = kv_2KLE[:, None]
+    rows = q_THE.shape[0]
+    block = plan.query_block if history else rows
+    for first in range(0, rows, block):
+        last = min(rows, first + block)
+        keys = history + last
+        out_1HQE = F.scaled_dot_product_attention(
+            q_THE[None, first:last].transpose(1, 2),
+            k_1KLE[:, :, :keys],
+            v_1KLE[:, :, :keys],
+            attn_mask=plan.prefill_mask(last - first, keys) if history else None,
+            is_causal=not history,
+            enable_gqa=True,
+        )
+        out_THE[first:last] = out_1HQE[0].transpose(0, 1)

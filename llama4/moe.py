@@ -74,14 +74,15 @@ class MoE:
 
     def flow(self, x_TD: Tensor, dispatcher: Dispatcher) -> Flow:
         """The layer's output y_TD; pauses once, before it waits for the experts."""
-        logits_TE = F.linear(x_TD, self.router)
+        logits_TE = linear(x_TD, self.router)
         if self._top_k == 1:  # half the time of topk
             chosen_TK, expert_ids_TK = logits_TE.max(dim=-1, keepdim=True)
         else:
             chosen_TK, expert_ids_TK = torch.topk(logits_TE, self._top_k, dim=-1)
         if self._scores_on_input:
             # Each (token, choice) has an input of its own, so each is a row with one expert.
-            scores_TK = torch.sigmoid(chosen_TK.float()).to(x_TD.dtype)
+            # In float64: torch's vectors and the rest that fills none differ in a float32's last bit.
+            scores_TK = torch.sigmoid(chosen_TK.double()).to(x_TD.dtype)
             rows_ND = x_TD * scores_TK if self._top_k == 1 else (x_TD[:, None] * scores_TK[:, :, None]).flatten(0, 1)
             ticket = dispatcher.dispatch(rows_ND, expert_ids_TK.reshape(-1, 1), self._layer)
         else:
@@ -92,15 +93,15 @@ class MoE:
         if self._scores_on_input:
             routed = routed.view(*expert_ids_TK.shape, x_TD.shape[-1])
             return y_TD.add_(routed[:, 0] if self._top_k == 1 else routed.sum(dim=1))
-        log_total_T1 = torch.logsumexp(logits_TE.float(), dim=-1, keepdim=True)
-        probabilities_TK1 = torch.exp(chosen_TK.float() - log_total_T1).to(x_TD.dtype)[:, :, None]
+        log_total_T1 = torch.logsumexp(logits_TE.double(), dim=-1, keepdim=True)
+        probabilities_TK1 = torch.exp(chosen_TK.double() - log_total_T1).to(x_TD.dtype)[:, :, None]
         return y_TD + (routed * probabilities_TK1).sum(dim=1)
 
 
 class Experts:
     """The weights of some experts of some layers: gate_up [2I, D] and down [D, I].
 
-    The checkpoint has them transposed; this way the weights of one output are contiguous, as `few_rows` reads them.
+    The checkpoint has them transposed; this way the weights of one output are contiguous, as `row_products` reads them.
     """
 
     def __init__(

@@ -8,13 +8,11 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 _log = logging.getLogger(__name__)
 
@@ -24,14 +22,25 @@ def available() -> bool:
     return _parallel() is not None
 
 
-def run(function: Any, job: NDArray[np.int64]) -> None:
-    """Calls `function`, a numba cfunc, with `job` in each of torch's threads; returns when all have returned.
+def suits(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether functions compiled for the CPU take rows of this kind."""
+    return dtype == torch.float32 and device.type == "cpu" and available()
 
-    The threads share `job`; they take their parts by counters in it.
+
+def computes(x: torch.Tensor) -> bool:
+    """Whether they take these rows; there has to be one."""
+    return len(x) > 0 and suits(x.dtype, x.device)
+
+
+def run(function: int, job: Sequence[int], threads: int | None = None) -> None:
+    """Calls the numba cfunc at this address with `job` in so many of torch's threads, or all; returns when these have.
+
+    The threads share `job`, as int64; they take their parts by counters in it. Few words of Python on purpose: reading
+    weights empties the caches of everything else, and what comes between takes four times as long as in a loop.
     """
     parallel = _parallel()
     assert parallel is not None, "see available"
-    parallel(function.address, job.ctypes.data, torch.get_num_threads(), 0)
+    parallel(function, (ctypes.c_int64 * len(job))(*job), threads or torch.get_num_threads(), 0)
 
 
 @functools.cache

@@ -158,9 +158,7 @@ def _take_tasks(job: Any) -> None:
         task = fetch_add(job, 0, 1)
 
 
-def suits(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether rows of this kind can attend so."""
-    return dtype == torch.float32 and device.type == "cpu" and openmp.available()
+_TAKE_TASKS: int = _take_tasks.address
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,10 +201,9 @@ class PagedDecode:
         keys = -(-STRETCH // page_size) * page_size
         scores = torch.empty((torch.get_num_threads(), heads, keys))
         sums = torch.empty((tasks, heads, head_dim + 2))
-        job = np.zeros(_COUNTERS + tasks, dtype=np.int64)
-        job[2:_COUNTERS] = (
-            tasks, self.tasks_N6.ctypes.data, self.pages_P.ctypes.data, pool.data_ptr(), page_size, kv_heads,
+        job = (
+            0, 0, tasks, self.tasks_N6.ctypes.data, self.pages_P.ctypes.data, pool.data_ptr(), page_size, kv_heads,
             heads // kv_heads, head_dim, q_THE.data_ptr(), q_THE.stride(0), out_THE.data_ptr(), scores.data_ptr(),
-            keys, sums.data_ptr(),
+            keys, sums.data_ptr(), *([0] * tasks),
         )  # fmt: skip
-        openmp.run(_take_tasks, job)
+        openmp.run(_TAKE_TASKS, job)

@@ -1,7 +1,7 @@
 """Everything about a step's attention that depends on its batch alone, made once per step and shared by all layers.
 
-Rows that come alone (decoding) attend together, by the way that suits the device. Rows that come in a run (prefilling)
-attend run by run; for chunked layers a run is cut at chunk borders.
+Rows that come alone (decoding), and on CPUs those of short runs, attend together, by the way that suits the device.
+Rows that come in a longer run (prefilling) attend run by run; for chunked layers a run is cut at chunk borders.
 
 Shapes: T rows of the step, P pages, L keys, Q queries of a block, F RoPE frequencies.
 """
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama4 import paged_attention
+from llama4 import openmp
 from llama4.config import LayerKind, TextConfig
 from llama4.gathered_attention import GatheredDecode
 from llama4.kv_pages import Batch, Segment, Window
@@ -25,6 +25,7 @@ from llama4.rope import query_temperature, rotation
 QUERY_BLOCK = 256  # queries that share one mask
 MASK_ELEMENTS = 1 << 22  # a mask's size; longer windows get smaller query blocks, down to MIN_QUERY_BLOCK
 MIN_QUERY_BLOCK = 16
+FEW_PAIRS = 1 << 16  # queries times keys of a run that costs little to attend row by row
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class KindPlan:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """A step's plan. `mask_QL` serves all prefill runs that have a history: see `prefill_mask`."""
+    """A step's plan. `mask_QL` serves all prefill runs that have a history, where torch attends: see `prefill_mask`."""
 
     kinds: dict[LayerKind, KindPlan]
     rotation_T1F: Tensor
@@ -75,7 +76,8 @@ def plan_step(config: TextConfig, batch: Batch, page_size: int, frequencies_F: T
     device = frequencies_F.device
     kinds = {kind: _Planner(config, kind, page_size, dtype, device).plan(batch) for kind in set(config.layer_kinds)}
     positions_T = batch.positions_T.to(device)
-    with_history = [run for plan in kinds.values() for run in plan.prefill if run.history]
+    masked = not openmp.suits(dtype, device)
+    with_history = [run for plan in kinds.values() for run in plan.prefill if run.history and masked]
     queries = max((run.stop - run.start for run in with_history), default=0)
     keys = max((run.history + run.stop - run.start for run in with_history), default=0)
     if with_history:
@@ -108,8 +110,13 @@ class _Planner:
         self._device = device
 
     def plan(self, batch: Batch) -> KindPlan:
-        windows = [self._window(segment) for segment in batch.segments if segment.length == 1]
-        prefilling = [segment for segment in batch.segments if segment.length > 1]
+        windows: list[Window] = []
+        runs: list[PrefillRun] = []
+        for segment in batch.segments:
+            if self._rows_alone(segment):
+                windows += [self._window(segment, row) for row in range(segment.length)]
+            else:
+                runs += self._runs(segment)
         rows: list[int] = []
         slots: list[int] = []
         for segment in batch.segments:
@@ -121,7 +128,7 @@ class _Planner:
             written_rows=None if all_rows else self._indices(rows),
             slots=self._indices(slots),
             decode=self._decode(windows),
-            prefill=tuple(run for segment in prefilling for run in self._runs(segment)),
+            prefill=tuple(runs),
         )
 
     def _indices(self, values: Sequence[int]) -> Tensor:
@@ -148,13 +155,25 @@ class _Planner:
         offset = start // size * size
         return [pages[(p - offset) // size] * size + p % size for p in range(start, stop)]
 
-    def _window(self, segment: Segment) -> Window:
-        start = self._config.window_start(self._kind, segment.position)
-        pages = self._window_pages(segment, start, segment.position + 1)
-        return Window(segment.start, pages, start % self._page_size, segment.position + 1 - start)
+    def _rows_alone(self, segment: Segment) -> bool:
+        """Whether each of the segment's rows attends by itself: one that decodes, and on CPUs a short run as well.
+
+        Then it makes no difference to any bit of theirs how a prompt was cut, or whether it is computed again.
+        """
+        if segment.length == 1:
+            return True
+        pairs = segment.length * (segment.position + segment.length)
+        kept = self._first_kept(segment) == 0  # all keys and values are in pages before anything is read
+        return kept and pairs <= FEW_PAIRS and openmp.suits(self._dtype, self._device)
+
+    def _window(self, segment: Segment, row: int) -> Window:
+        position = segment.position + row
+        start = self._config.window_start(self._kind, position)
+        pages = self._window_pages(segment, start, position + 1)
+        return Window(segment.start + row, pages, start % self._page_size, position + 1 - start)
 
     def _decode(self, windows: Sequence[Window]) -> PagedDecode | GatheredDecode:
-        if paged_attention.suits(self._dtype, self._device):
+        if openmp.suits(self._dtype, self._device):
             return PagedDecode.of(windows, self._page_size)
         token_bytes = 2 * self._config.num_key_value_heads * self._config.head_dim * self._dtype.itemsize
         return GatheredDecode.of(windows, token_bytes * self._page_size, self._dtype, self._device)

@@ -34,9 +34,12 @@ def inverse_frequencies(config: TextConfig, device: torch.device | str) -> Tenso
 
 
 def rotation(positions_T: Tensor, frequencies_F: Tensor) -> Tensor:
-    """The complex factor e^(i * position * frequency) of each row and pair, complex64 [T, 1, F]."""
-    angles_TF = positions_T[:, None].float() * frequencies_F
-    return torch.polar(torch.ones_like(angles_TF), angles_TF)[:, None]
+    """The complex factor e^(i * position * frequency) of each row and pair, complex64 [T, 1, F].
+
+    By way of float64: in float32, torch gives a row another last bit when it is in a batch of another size.
+    """
+    angles_TF = (positions_T[:, None].float() * frequencies_F).double()
+    return torch.polar(torch.ones_like(angles_TF), angles_TF).to(torch.complex64)[:, None]
 
 
 def rotate_(x_THD: Tensor, rotation_T1F: Tensor) -> None:
@@ -50,4 +53,5 @@ def rotate_(x_THD: Tensor, rotation_T1F: Tensor) -> None:
 
 def query_temperature(config: TextConfig, positions_T: Tensor) -> Tensor:
     """log1p(floor((position + 1) / floor_scale)) * attn_scale + 1 (arXiv:2501.19399), float32 [T]."""
-    return torch.log1p(torch.floor((positions_T.float() + 1.0) / config.floor_scale)) * config.attn_scale + 1.0
+    floors_T = torch.floor((positions_T.double() + 1.0) / config.floor_scale)
+    return (torch.log1p(floors_T) * config.attn_scale + 1.0).float()

@@ -1,4 +1,4 @@
-"""Products of a few rows with many, in tiles whose sums the registers of AVX2 can hold: compiled, on one thread.
+"""Products of a few rows with many, in tiles whose sums the registers can hold: compiled, on one thread.
 
 Addresses and strides count bytes; rows of float32 may have any width.
 """
@@ -9,7 +9,18 @@ from typing import Any
 
 from numba import carray, njit
 
-from llama4.intrinsics import CACHE, PANEL, add_weighted, dot_tile, floats_at, panel_tile
+from llama4.emitter import LANES
+from llama4.intrinsics import (
+    BLOCK,
+    CACHE,
+    PANEL,
+    TILE_COLUMNS,
+    TILE_PANELS,
+    add_weighted,
+    dot_tile,
+    floats_at,
+    panel_tile,
+)
 
 FLOAT = 4  # bytes
 
@@ -19,6 +30,16 @@ def dots(
     rows: Any, x: Any, x_stride: Any, columns: Any, w: Any, w_stride: Any, y: Any, y_stride: Any, width: Any
 ) -> None:
     """y[r, c] = x[r] . w[c]: rows at x and w, one every stride; y[r, c] at y + r * y_stride + c * FLOAT."""
+    if rows < 4:  # memory is the limit, and read fastest as one stream
+        for c in range(columns):
+            w_c, y_c = w + c * w_stride, y + c * FLOAT
+            if rows == 1:
+                dot_tile(1, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width)
+            elif rows == 2:
+                dot_tile(2, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width)
+            elif rows == 3:
+                dot_tile(3, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width)
+        return
     whole = rows - rows % 4
     rest_x, rest_y = x + whole * x_stride, whole * y_stride
     for c in range(0, columns - 2, 3):
@@ -41,14 +62,17 @@ def dots(
 
 @njit(cache=CACHE)
 def interleave(x: Any, x_stride: Any, width: Any, panel: Any) -> None:
-    """panel[d, r] = x[r, d], of PANEL rows."""
+    """PANEL rows as `panel_tile` reads them: of each BLOCK every LANES-th d, then the ones behind these, and so on."""
     panel_DR = carray(floats_at(panel), (width, PANEL))
     whole = width - width % PANEL
-    for start in range(0, whole, PANEL):  # in blocks that stay in the nearest cache
-        for r in range(PANEL):
-            x_D = carray(floats_at(x + r * x_stride), (width,))
-            for d in range(start, start + PANEL):
-                panel_DR[d, r] = x_D[d]
+    for block in range(0, whole, BLOCK):
+        per_lane = min(BLOCK, whole - block) // LANES
+        for step in range(0, per_lane, 2):  # in pieces that stay in the nearest cache
+            for r in range(PANEL):
+                x_D = carray(floats_at(x + r * x_stride), (width,))
+                for piece in range(step, step + 2):
+                    for lane in range(LANES):
+                        panel_DR[block + lane * per_lane + piece, r] = x_D[block + piece * LANES + lane]
     for r in range(PANEL):
         x_D = carray(floats_at(x + r * x_stride), (width,))
         for d in range(whole, width):
@@ -58,14 +82,19 @@ def interleave(x: Any, x_stride: Any, width: Any, panel: Any) -> None:
 @njit(cache=CACHE)
 def panel_dots(rows: Any, panels: Any, columns: Any, w: Any, w_stride: Any, y: Any, y_stride: Any, width: Any) -> None:
     """As `dots`, of whole panels that lie one after the other, each as `interleave` makes it."""
-    for c in range(0, columns - 5, 6):
+    size = width * FLOAT  # of a panel, for each of its rows
+    tiled, paired = columns - columns % TILE_COLUMNS, rows - rows % (TILE_PANELS * PANEL)
+    for c in range(0, tiled, TILE_COLUMNS):
+        w_c, y_c = w + c * w_stride, y + c * FLOAT
+        for r in range(0, paired, TILE_PANELS * PANEL):
+            y_r = y_c + r * y_stride
+            panel_tile(TILE_PANELS, TILE_COLUMNS, panels + r * size, w_c, w_stride, y_r, y_stride, width)
+        for r in range(paired, rows, PANEL):
+            panel_tile(1, TILE_COLUMNS, panels + r * size, w_c, w_stride, y_c + r * y_stride, y_stride, width)
+    for c in range(tiled, columns):
         w_c, y_c = w + c * w_stride, y + c * FLOAT
         for r in range(0, rows, PANEL):
-            panel_tile(6, panels + r * width * FLOAT, w_c, w_stride, y_c + r * y_stride, y_stride, width)
-    for c in range(columns - columns % 6, columns):
-        w_c, y_c = w + c * w_stride, y + c * FLOAT
-        for r in range(0, rows, PANEL):
-            panel_tile(1, panels + r * width * FLOAT, w_c, w_stride, y_c + r * y_stride, y_stride, width)
+            panel_tile(1, 1, panels + r * size, w_c, w_stride, y_c + r * y_stride, y_stride, width)
 
 
 @njit(cache=CACHE)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from llama4 import gathered_attention, paged_attention, plan
+from llama4 import gathered_attention, openmp, paged_attention, plan
 from llama4.kv_pages import Batch
 from tests.llama4.reference import SMALL, reference_logits, save_random
 from tests.llama4.runner import Runner
@@ -115,13 +115,17 @@ def test_ragged_batches(shape: dict[str, object], count: int, page_size: int, dr
 
 @pytest.mark.parametrize("paged", [True, False])
 def test_small_blocks_groups_and_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paged: bool) -> None:
-    """With limits so small that masks are cut into blocks and decoding rows into many groups, or many stretches."""
+    """With limits so small that masks are cut into blocks and decoding rows into many groups, or many stretches.
+
+    All prompts count as long ones.
+    """
+    monkeypatch.setattr(plan, "FEW_PAIRS", 0)
     monkeypatch.setattr(plan, "MASK_ELEMENTS", 64)
     monkeypatch.setattr(plan, "MIN_QUERY_BLOCK", 3)
     monkeypatch.setattr(gathered_attention, "SMALL_GROUP_PAGES", 1)
     monkeypatch.setattr(paged_attention, "STRETCH", 4)
     if not paged:
-        monkeypatch.setattr(paged_attention, "suits", lambda dtype, device: False)
+        monkeypatch.setattr(openmp, "suits", lambda dtype, device: False)
     config = save_random(tmp_path, seed=5, attention_chunk_size=19, no_rope_layer_interval=2)
     monkeypatch.setattr(
         gathered_attention, "GATHER_BYTES", 2 * config.num_key_value_heads * config.head_dim * 4 * 2 * 9

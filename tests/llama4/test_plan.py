@@ -57,7 +57,7 @@ def test_chunked_layers_gather_the_current_chunk_only() -> None:
     assert group.keys == slice(1000 - 992, 1060 - 992 + 1)
     assert [(mask_L == 0).sum().item() for mask_L in group.mask_B11L[:, 0, 0]] == [41, 61]
     assert group.rows_B.tolist() == [0, 31]
-    (run,) = plan_for(*work, stride=2).kinds["chunked"].prefill
+    (run,) = plan_for(*work, stride=2, dtype=torch.bfloat16).kinds["chunked"].prefill
     assert (run.history, run.offset, run.pages_P.tolist()) == (40, 8, [2 * (66 + page) for page in (62, 63, 64)])
 
 
@@ -67,15 +67,25 @@ def test_windows_that_are_equal_need_no_mask() -> None:
 
 
 def test_stretches_cover_each_window_once() -> None:
-    decode = plan_for((1040, 1), (700, 30), (1060, 1)).kinds["full"].decode
+    assert plan.FEW_PAIRS < 1000 * 1700
+    decode = plan_for((1040, 1), (700, 1000), (1060, 1)).kinds["full"].decode
     assert isinstance(decode, PagedDecode)
     covered: dict[int, list[int]] = {}
     for row, page_at, first, keys, stretches, first_task in decode.tasks_N6.tolist():
         assert keys <= paged_attention.STRETCH and stretches == 5 and first_task == (0 if row == 0 else 5)
         pages = decode.pages_P[page_at:].tolist()
         covered.setdefault(row, []).extend(pages[i // PAGE] * PAGE + i % PAGE for i in range(first, first + keys))
-    first_page = -(-1041 // PAGE) + -(-730 // PAGE)  # of the third segment; ids count up
-    assert covered == {0: list(range(1041)), 31: list(range(first_page * PAGE, first_page * PAGE + 1061))}
+    first_page = -(-1041 // PAGE) + -(-1700 // PAGE)  # of the third segment; ids count up
+    assert covered == {0: list(range(1041)), 1001: list(range(first_page * PAGE, first_page * PAGE + 1061))}
+
+
+def test_the_rows_of_a_short_run_attend_by_themselves() -> None:
+    steps = plan_for((250, 7), (20, 1)).kinds["chunked"]
+    assert isinstance(steps.decode, PagedDecode) and not steps.prefill and steps.written_rows is None
+    assert [(row, keys) for row, _, _, keys, *_ in steps.decode.tasks_N6.tolist()] == [
+        *((row, 51 + row) for row in range(7)),
+        (7, 21),
+    ]
 
 
 def test_runs_are_cut_at_chunk_borders_and_only_the_last_chunk_is_kept() -> None:
@@ -86,8 +96,9 @@ def test_runs_are_cut_at_chunk_borders_and_only_the_last_chunk_is_kept() -> None
 
 
 def test_the_mask_of_a_long_prefill_stays_small() -> None:
-    step = plan_for((100_000, 512))
+    step = plan_for((100_000, 512), dtype=torch.bfloat16)
     assert step.mask_QL.numel() <= plan.MASK_ELEMENTS
     mask = step.prefill_mask(2, 9)
     assert (mask == 0).tolist() == [[True] * 8 + [False], [True] * 9]
-    assert plan_for((0, 512)).mask_QL.numel() == 0  # a whole prefill needs none
+    assert plan_for((0, 512), dtype=torch.bfloat16).mask_QL.numel() == 0  # a whole prefill needs none
+    assert plan_for((100_000, 512)).mask_QL.numel() == 0  # nor do the compiled functions

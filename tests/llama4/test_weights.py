@@ -194,6 +194,8 @@ def test_choose_dtype(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCapture
         assert choose_dtype("cpu", "bfloat16") == torch.bfloat16
     assert "bfloat16" in caplog.text
     monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: True)
-    assert choose_dtype("cpu") == torch.bfloat16
+    caplog.clear()
+    assert choose_dtype("cpu") == torch.float32, "the same answers on every CPU"
+    assert choose_dtype("cpu", "bfloat16") == torch.bfloat16 and not caplog.text
     with pytest.raises(ValueError, match="dtype must be one of auto, float32, bfloat16, not 'int8'"):
         choose_dtype("cpu", "int8")  # type: ignore[arg-type]
