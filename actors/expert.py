@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.dashboard import StateShown, call_in_state, held_in_words
-from actors.giving_way import import_giving_way
+from actors.giving_way import giving_way, import_giving_way
 from actors.logs import set_level
 from actors.member import Member, log
 from actors.ray_metrics import RayMetrics, report_regularly, report_rows
@@ -77,7 +78,7 @@ class ExpertActor:
                 if found is None:
                     await self.load({layer: (expert,)})
                 else:
-                    await asyncio.to_thread(self._put, layer, expert, found)
+                    await asyncio.to_thread(giving_way, functools.partial(self._put, layer, expert, found))
 
     async def _ask(self, peer: ActorHandle | None, layer: int, expert: int) -> Weights | None:
         if peer is None:

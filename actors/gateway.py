@@ -8,17 +8,21 @@ import asyncio
 import importlib.metadata
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Literal
 
 from fastapi import FastAPI
+from google.protobuf.message import Message
 from ray import serve
 
 from actors import grpc_server
 from actors.api_keys import ApiKeys, read_keys
+from actors.callers import Callers, living_proxies
 from actors.client import EngineClient
 from actors.current_span import start_tracing
 from actors.gateway_core import GatewayCore
+from actors.grpc_errors import Context
 from actors.http_api import build_http_app
 from actors.image_fetch import ImageFetcher
 from actors.image_hosts import HostRules
@@ -47,6 +51,7 @@ class Gateway(grpc_server.Servicers):
 
     _standalone: grpc_server.GrpcServer | None = None
     _tracing: Tracing | None = None
+    _watching: asyncio.Task[None] | None = None
 
     async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
@@ -75,8 +80,11 @@ class Gateway(grpc_server.Servicers):
         )
         self.keys = keys
         self.max_message_bytes = config.max_body_bytes
+        self._callers = Callers()
         if config.grpc.mode == "standalone":
             self._standalone = await grpc_server.start(self, config)
+        else:
+            self._watching = asyncio.create_task(self._callers.watch(living_proxies))
         log.info(
             "gateway up model=%s max_context=%d tokenizer=%s images=%s",
             served_name,
@@ -88,11 +96,19 @@ class Gateway(grpc_server.Servicers):
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http_app(self.core, self.keys, self.max_message_bytes)
 
+    @asynccontextmanager
+    async def admit(self, request: Message, context: Context, operation: str | None = None) -> AsyncIterator[None]:
+        with self._callers.call():
+            async with super().admit(request, context, operation):
+                yield
+
     def reconfigure(self, user_config: Mapping[str, str]) -> None:
         """Serve's `user_config`: the log level, which may change while requests run."""
         set_level(user_config["log_level"])
 
     async def __del__(self) -> None:  # Serve awaits it, before it ends the replica, be it up or not
+        if self._watching is not None:
+            self._watching.cancel()
         if self._standalone is not None:
             await self._standalone.stop()
         if self._tracing is not None:

@@ -9,7 +9,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
@@ -23,7 +23,7 @@ from actors.status import ClusterStatus
 from actors.tool_use import ToolUse
 from actors.validation import MAX_CHOICES, Options, check_token_ids, make_request
 from engine.detokenizer import TextStream
-from engine.request import ErrorCode, FinishReason, RequestError, RequestRejected
+from engine.request import ErrorCode, FinishReason, Request, RequestError, RequestOutput, RequestRejected
 from engine.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -63,6 +63,8 @@ class GatewayCore:
         self.tracing = tracing
         self.log_prompts = log_prompts
         self.metrics = GatewayMetrics(model.name, elsewhere=recorder)
+        if images is not None:
+            images.pace.on_turn = self.metrics.image_waited
 
     async def encode(self, text: str, add_special_tokens: bool = True, field: str = "prompt") -> list[int]:
         """Token ids of a text. Raises RequestRejected without a tokenizer."""
@@ -150,7 +152,7 @@ class GatewayCore:
         record = self.metrics.begin(len(request.prompt_token_ids))
         reason: str = FinishReason.ABORT
         try:
-            async with aclosing(self.engine.generate(request, job.images)) as outputs:
+            async with aclosing(self._outputs(request, job.images)) as outputs:
                 async for output in outputs:
                     delta = calls.take_out(piece_of(stream, output))
                     record.add(len(delta.token_ids), delta.cached_tokens)
@@ -186,6 +188,15 @@ class GatewayCore:
                 record.generated,
                 record.seconds,
             )
+
+    async def _outputs(self, request: Request, images: Sequence[bytes]) -> AsyncGenerator[RequestOutput, None]:
+        """The engine's; images give way to those of requests that have none."""
+        async with aclosing(self.engine.generate(request, images)) as outputs:
+            with nullcontext() if self.images is None or images else self.images.pace.stream() as stream:
+                async for output in outputs:
+                    if stream is not None:
+                        stream.take(len(output.token_ids))
+                    yield output
 
     def _log_accepted(self, job: Job) -> None:
         request = job.request

@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from actors.image_fetch import ImageFetcher
+from actors.image_pace import ImagePace
 from cluster.config import VisionConfig
 from engine.image_spec import ImageSpec
 from engine.images import ImageError, ImageLimits, choose_grid, image_digest, image_tokens, inspect_image
@@ -78,6 +79,7 @@ class ImagePrompts:
         self._limits = ImageLimits(config.max_image_bytes, config.max_image_pixels)
         self._max_images = config.max_images
         self._fetcher = fetcher
+        self.pace = ImagePace(config.max_stream_slowdown)
 
     @property
     def place(self) -> int:
@@ -94,8 +96,8 @@ class ImagePrompts:
     ) -> Prompt:
         """A conversation's prompt, of the tokens between its images.
 
-        `deadline`, in Unix seconds: when to give up fetching. Raises RequestRejected, naming "messages", for images
-        that cannot be had or are none.
+        Waits for its turn. `deadline`, in Unix seconds: when to give up waiting and fetching. Raises RequestRejected,
+        naming "messages", for images that cannot be had or are none.
         """
         if len(images) > self._max_images:
             raise _rejected(f"messages may have at most {self._max_images} images, not {len(images)}")
@@ -106,6 +108,8 @@ class ImagePrompts:
                 asyncio.timeout(None if deadline is None else deadline - time.time()),
                 asyncio.TaskGroup() as group,
             ):
+                if images:
+                    await self.pace.turn()
                 tasks = [group.create_task(self._load(number, image)) for number, image in enumerate(images, 1)]
         except TimeoutError:
             raise RequestRejected("the request's deadline has passed", code=ErrorCode.DEADLINE_EXCEEDED) from None

@@ -59,6 +59,10 @@ class GatewayMetrics:
         engines.register(_EngineCollector(status))
         return generate_latest(self._page.registry) + generate_latest(engines)
 
+    def image_waited(self, seconds: float) -> None:
+        """A request with images had its turn after so long."""
+        self._observe(series.IMAGE_WAIT, seconds)
+
     def first_token(self, seconds: float) -> None:
         self._observe(series.FIRST_TOKEN, seconds)
 

@@ -54,7 +54,12 @@ WHOLE_REQUEST = Series(
     "herder_e2e_request_latency_seconds", "histogram", "s", "From a request's acceptance to its end.", _MODEL,
     (0.1, 0.3, 0.5, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 60, 120, 240, 480, 960, 1920),
 )  # fmt: skip
-GATEWAY = (REQUESTS, PROMPT_TOKENS, CACHED_TOKENS, GENERATED_TOKENS, FIRST_TOKEN, PER_TOKEN, WHOLE_REQUEST)
+IMAGE_WAIT = Series(
+    "herder_image_wait_seconds", "histogram", "s",
+    "Waited by a request with images before its acceptance, so that streams of text are not slowed.", _MODEL,
+    (0.001, 0.01, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160),
+)  # fmt: skip
+GATEWAY = (REQUESTS, PROMPT_TOKENS, CACHED_TOKENS, GENERATED_TOKENS, FIRST_TOKEN, PER_TOKEN, WHOLE_REQUEST, IMAGE_WAIT)
 
 # ---- an attention actor's
 
