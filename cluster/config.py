@@ -123,6 +123,9 @@ class VisionConfig(ReservationConfig):
     upscale_delay_s: Amount = 5.0  # how long the load has to be above the target
     downscale_delay_s: Amount = 300.0  # and how long below
     max_batch_tiles: Count = 16  # encoded in one pass
+    # By which part a burst of images may raise the time per token of the text that streams meanwhile: beyond, requests
+    # with images begin one after the other. None: they never wait.
+    max_stream_slowdown: Annotated[float, Field(gt=0)] | None = 0.1
     cache_bytes: Count = 2**30  # of embeddings in the object store that a replica or a gateway keeps for later requests
     allow_urls: bool = False  # of http and https; data: URLs are always allowed
     # Where these may lead: names, and *.example.org for all below one. Empty: to any public host. Only a host with a

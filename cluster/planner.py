@@ -95,7 +95,7 @@ def plan_deployment(
 
 
 def precision_of(config: DeploymentConfig) -> Precision:
-    """What the deployment computes in; `auto` on CPUs counts as float32, as on those without bfloat16 units."""
+    """What the deployment computes in; `auto` is what `choose_dtype` makes of it."""
     if config.model.dtype == "auto":
         return "bf16" if config.attention.device == "cuda" else "fp32"
     return "bf16" if config.model.dtype == "bfloat16" else "fp32"

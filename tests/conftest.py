@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from hypothesis import settings
 from xdist.remote import Producer
@@ -11,10 +13,14 @@ from xdist.scheduler import LoadScopeScheduling
 settings.register_profile("herder", settings.default, deadline=None)
 settings.load_profile("herder")
 
-_APART = ("tests/e2e/test_deploy_yaml.py", "tests/e2e/test_hosts.py")  # from the Ray of other tests
+# Each worker's Ray is out of the other one's sight.
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["RAY_TMPDIR"] = f"/tmp/ray-{worker}"
 
-# What kills and starts most actors is first, and what measures for minutes last: neither beside another deployment,
-# such as those apart, which the other worker comes to when it has run all the rest.
+_APART = {f"tests/e2e/test_{name}.py" for name in ("deploy_yaml", "hosts", "standalone", "topology")}
+
+# What kills and starts most actors is first, beside no other deployment: those apart are started when their worker has
+# run all the rest. What only takes its time is last.
 _TURNS = {"failover": 0, "balance": 2, "elastic": 3, "soak": 4}
 _OTHERS, _UNITS, _LAST = 1, 5, 6
 
@@ -33,9 +39,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class DeploymentsTogether(LoadScopeScheduling):
-    """One of pytest-xdist's workers runs tests/e2e, in order, since they share the machine's Ray.
+    """One of pytest-xdist's workers runs most of tests/e2e, in order, since they share a Ray.
 
-    The other one runs all the rest, and at its end the files that keep their Ray apart.
+    The other one runs all the rest, and at its end what needs none of the deployments that others use.
     """
 
     def _split_scope(self, nodeid: str) -> str:

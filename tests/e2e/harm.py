@@ -116,6 +116,14 @@ def pid_of(class_name: str) -> int | None:
     return pids[0] if pids else None
 
 
+def role_of(title: str) -> str:
+    """The class of the actor with this process title. While only the call named for its state runs, that is in it."""
+    for name, role in (("controller", "Controller"), ("attention-", "AttentionActor"), ("expert-", "ExpertActor")):
+        if title.startswith(f"ray::{name}"):
+            return f"ray::{role}"
+    return title.split(".")[0]
+
+
 @dataclass(frozen=True)
 class Census:
     """What a deployment takes up on this machine.
@@ -143,7 +151,7 @@ class Census:
             with suppress(psutil.NoSuchProcess):  # it ends just now
                 title = "".join(process.cmdline()[:1])
                 if title.startswith("ray::") and title != "ray::IDLE":
-                    roles[title.split(".")[0]] += 1
+                    roles[role_of(title)] += 1
                     open_files[process.pid] = process.num_fds()
                     rss_bytes[process.pid] = process.memory_info().rss
                     paths = (Path(str(one.laddr)) for one in process.net_connections("unix"))

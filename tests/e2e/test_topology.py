@@ -15,6 +15,7 @@ import httpx
 import psutil
 import pytest
 import ray
+from ray._common.utils import get_default_ray_temp_dir
 from ray.cluster_utils import Cluster
 
 from engine.request import Request, SamplingParams
@@ -169,7 +170,8 @@ def test_serve_ends_without_leaving_a_process(checkpoint, tmp_path, by):
         while left := [process for process in processes if process.is_running()]:
             assert time.monotonic() < deadline, left
             time.sleep(0.1)
-        assert not Path("/tmp/ray/ray_current_cluster").exists() and not any(map(os.path.exists, sessions))
+        current = Path(get_default_ray_temp_dir()) / "ray_current_cluster"
+        assert not current.exists() and not any(map(os.path.exists, sessions))
     finally:
         serve.kill()
 
