@@ -32,10 +32,11 @@ if CACHE:
 
 PANEL = 2 * LANES  # rows of a panel
 # Sums are made in LANES parts on every processor, so that a product has the same bits on all. Rows have no order, and
-# take the widest registers: twice as many rows and columns stay in AVX-512's.
+# take the widest registers. Of panel_tiles, (panels, columns), the largest computes with most of them: 24 sums and four
+# vectors of rows at once, of 32. AVX2 has half as many, of half the size.
 _WIDE_REGISTERS = bool(get_host_cpu_features().get("avx512f"))
-TILE_PANELS, TILE_COLUMNS = (2, 8) if _WIDE_REGISTERS else (1, 6)  # of the largest panel_tile
-SIDE, OUTER_COLUMNS = TILE_PANELS * PANEL, (8 if _WIDE_REGISTERS else 4)  # of an outer_tile
+LARGE, MEDIUM, SMALL = ((4, 6), (2, 8), (1, 8)) if _WIDE_REGISTERS else ((1, 6),) * 3
+SIDE, OUTER_COLUMNS = (2 * PANEL, 8) if _WIDE_REGISTERS else (PANEL, 4)  # of an outer_tile
 UNSEEN = -1e30  # a score below all others
 BLOCK = 1024  # of a row's floats, that stay in the nearest cache while a panel_tile goes through its lanes
 _AHEAD = 1024  # floats of a lone stream that are on their way

@@ -2,9 +2,9 @@
 
 On CPUs in float32 that is `row_products`, for any number of rows: then a row's result is the same, bit for bit,
 whatever else is in the batch. Measured on two cores (Xeon with AVX-512; torch 2.13), matrices [4096, 1024] that are in
-no cache: with 1, 2 and 4 rows BLAS reads weights at 29, 28 and 15 GB/s (on an EPYC at 17, 8 and 8), `row_products` at
-28, 28 and 27; with 16, 64, 256, 1024 and 2048 rows BLAS computes 88, 208, 318, 399 and 303 GFLOP/s, `row_products` 127,
-241, 258, 275 and 225.
+no cache: with 1, 2 and 4 rows BLAS reads weights at 28, 28 and 15 GB/s (on an EPYC at 17, 8 and 8), `row_products` at
+28, 29 and 26; with 16, 64, 256, 1024 and 2048 rows BLAS computes 96, 215, 294, 351 and 333 GFLOP/s, `row_products` 122,
+265, 275, 284 and 248.
 
 Shapes: T rows, D width of a row, N width of a result.
 """

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from numba import carray, njit
+from numba import carray, literally, njit
 
 from llama4.emitter import LANES
 from llama4.intrinsics import (
     BLOCK,
     CACHE,
+    LARGE,
+    MEDIUM,
     PANEL,
-    TILE_COLUMNS,
-    TILE_PANELS,
+    SMALL,
     add_weighted,
     dot_tile,
     floats_at,
@@ -80,21 +81,31 @@ def interleave(x: Any, x_stride: Any, width: Any, panel: Any) -> None:
 
 
 @njit(cache=CACHE)
+def _panel_tiles(
+    some: Any, wide: Any, rows: Any, panels: Any, columns: Any, w: Any, w_stride: Any, y: Any, y_stride: Any, width: Any
+) -> None:
+    """As `panel_dots`, by tiles of one shape, of which the rows are a multiple; at least `wide` columns."""
+    for column in range(0, columns, wide):
+        c = min(column, columns - wide)  # the last tile begins where it fits, and makes some once more
+        for r in range(0, rows, some * PANEL):
+            panels_r, y_r = panels + r * width * FLOAT, y + r * y_stride + c * FLOAT
+            panel_tile(literally(some), literally(wide), panels_r, w + c * w_stride, w_stride, y_r, y_stride, width)
+
+
+@njit(cache=CACHE)
 def panel_dots(rows: Any, panels: Any, columns: Any, w: Any, w_stride: Any, y: Any, y_stride: Any, width: Any) -> None:
     """As `dots`, of whole panels that lie one after the other, each as `interleave` makes it."""
     size = width * FLOAT  # of a panel, for each of its rows
-    tiled, paired = columns - columns % TILE_COLUMNS, rows - rows % (TILE_PANELS * PANEL)
-    for c in range(0, tiled, TILE_COLUMNS):
-        w_c, y_c = w + c * w_stride, y + c * FLOAT
-        for r in range(0, paired, TILE_PANELS * PANEL):
-            y_r = y_c + r * y_stride
-            panel_tile(TILE_PANELS, TILE_COLUMNS, panels + r * size, w_c, w_stride, y_r, y_stride, width)
-        for r in range(paired, rows, PANEL):
-            panel_tile(1, TILE_COLUMNS, panels + r * size, w_c, w_stride, y_c + r * y_stride, y_stride, width)
-    for c in range(tiled, columns):
-        w_c, y_c = w + c * w_stride, y + c * FLOAT
-        for r in range(0, rows, PANEL):
-            panel_tile(1, 1, panels + r * size, w_c, w_stride, y_c + r * y_stride, y_stride, width)
+    if columns < max(LARGE[1], MEDIUM[1], SMALL[1]):
+        _panel_tiles(1, 1, rows, panels, columns, w, w_stride, y, y_stride, width)
+    else:
+        some = rows - rows % (LARGE[0] * PANEL)
+        more = rows - rows % (MEDIUM[0] * PANEL)
+        _panel_tiles(LARGE[0], LARGE[1], some, panels, columns, w, w_stride, y, y_stride, width)
+        panels_m, y_m = panels + some * size, y + some * y_stride
+        _panel_tiles(MEDIUM[0], MEDIUM[1], more - some, panels_m, columns, w, w_stride, y_m, y_stride, width)
+        panels_s, y_s = panels + more * size, y + more * y_stride
+        _panel_tiles(SMALL[0], SMALL[1], rows - more, panels_s, columns, w, w_stride, y_s, y_stride, width)
 
 
 @njit(cache=CACHE)
