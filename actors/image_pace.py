@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 
 _TICK_S = 0.25  # between two looks at the streams
-_LEAST, _MOST = 1.0, 1000.0  # images a second
+_LEAST, _MOST = 0.5, 1000.0  # images a second
 _AT_FIRST = 2.0
 _FASTER, _SLOWER = 1.25, 0.55
 _QUIET_S = 1.0  # without an image: the streams are as usual
