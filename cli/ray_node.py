@@ -22,6 +22,7 @@ import typer
 
 from cli.report import CliError, err
 from cli.serve import cause, ending_on_signals, ending_signals
+from cluster.ray_environment import RAY_ENVIRONMENT
 
 if TYPE_CHECKING:  # ray comes with it: not for `herder --help`
     from cluster.launch import Machine
@@ -83,8 +84,8 @@ def ray_node(arguments: Sequence[str], drain_s: float) -> Iterator[RayNode]:
     Args:
         drain_s: when it leaves in order, seconds for Serve to move its replicas to other nodes.
     """
-    environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
-    environment |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": f"{drain_s:g}"}
+    environment = RAY_ENVIRONMENT | {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = f"{drain_s:g}"
     environment.setdefault("RAY_AUTH_MODE", "token")
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(

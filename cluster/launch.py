@@ -19,6 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from cluster.config import DeploymentConfig
 from cluster.placement import RoleBundles, bundles
+from cluster.ray_environment import RAY_ENVIRONMENT
 
 log = logging.getLogger("herder")
 
@@ -84,7 +85,8 @@ def connect(config: DeploymentConfig, address: str | None) -> Path | None:
 
     Returns the folder of the session, with its logs and sockets, if it was started here.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for key, value in RAY_ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
     num_cpus = None
     if address is None:
         # A machine of our own holds whatever the configuration asks for, even if its actors then share cores.

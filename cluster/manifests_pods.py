@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from cluster.ray_environment import RAY_ENVIRONMENT
+
 Manifest = dict[str, Any]  # a Kubernetes object, or a part of one
 Component = Literal["head", "attention", "experts", "vision", "loader", "redis"]
 
@@ -37,7 +39,7 @@ def ray_container(name: str, ports: dict[str, int], *, cpu: int, memory_gib: int
     env = {
         # torch's store looks its peers up in DNS at every connection; without an answer, each would take five seconds.
         "RES_OPTIONS": "timeout:1 attempts:1",
-        "RAY_USAGE_STATS_ENABLED": "0",
+        **RAY_ENVIRONMENT,
     }
     if gpus:
         env |= {

@@ -31,6 +31,7 @@ fault = open({fault!r}).read()
 if fault or "start" not in sys.argv:
     print(fault)
     sys.exit(1 if fault else 0)
+assert os.environ["RAY_worker_niceness"] == "0"
 raylet = subprocess.Popen([{raylet!r}, os.environ.get("LIFE", "20")])
 def leave(*_):
     note("left")
