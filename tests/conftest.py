@@ -13,9 +13,10 @@ from xdist.scheduler import LoadScopeScheduling
 settings.register_profile("herder", settings.default, deadline=None)
 settings.load_profile("herder")
 
-# Each worker's Ray is out of the other one's sight.
+# Each worker's Ray is out of the other one's sight, and its actors let the other one's start: Ray gives a node thirty
+# seconds to come up.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ["RAY_TMPDIR"] = f"/tmp/ray-{worker}"
+    os.environ |= {"RAY_TMPDIR": f"/tmp/ray-{worker}", "RAY_worker_niceness": "15"}
 
 _APART = {f"tests/e2e/test_{name}.py" for name in ("deploy_yaml", "hosts", "standalone", "topology")}
 

@@ -77,6 +77,7 @@ def ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeRay:
     monkeypatch.setattr(cli.up, "RAY", fake.command)
     monkeypatch.setattr(cli.join, "_PAUSE_S", 0.01)
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)
     return fake
 
 

@@ -47,11 +47,6 @@ def expected(deployment: Deployment) -> dict[int, list[int]]:
     return undisturbed(deployment.grpc_address, STREAMS, TOKENS)
 
 
-def test_what_starts_is_no_more_urgent_than_what_serves(control):
-    urgent = {os.getpriority(os.PRIO_PROCESS, actor.pid) for actor in control.actors().values()}
-    assert urgent == {os.getpriority(os.PRIO_PROCESS, 0)}  # Ray's, before it has lowered its own
-
-
 def test_an_expert_actor_is_killed(deployment, control, expected):
     pid = control.actors()["expert-1"].pid
     gap_s, _ = disturbed(deployment.grpc_address, harm_to(control, "expert-1"), expected)
