@@ -13,6 +13,7 @@ from numba.core import cgutils
 INT, BIT32, FLOAT32 = ir.IntType(64), ir.IntType(32), ir.FloatType()
 LANES = 8  # a register of AVX2, two of NEON
 STEP = 2 * LANES  # floats of a cache line
+LEAST_EXPONENT = -87.0  # the least for `exp`, which takes smaller ones for it
 
 
 class Emitter:
@@ -35,12 +36,12 @@ class Emitter:
     def whole_steps(self, width: Any) -> Any:
         return self._builder.and_(width, self.number(-STEP))
 
-    def prefetch(self, at: Any, nearness: int = 3) -> None:
+    def prefetch(self, at: Any, nearness: int = 3, writing: bool = False) -> None:
         """`nearness`: of the cache that the line goes to, up to 3, the nearest."""
         byte = ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [byte, BIT32, BIT32, BIT32])
         function = cgutils.get_or_insert_function(self._builder.module, kind, "llvm.prefetch.p0i8")
-        read, keep, data = BIT32(0), BIT32(nearness), BIT32(1)
+        read, keep, data = BIT32(int(writing)), BIT32(nearness), BIT32(1)
         self._builder.call(function, [self._builder.inttoptr(at, byte), read, keep, data])
 
     def least(self, a: Any, b: Any) -> Any:
@@ -81,6 +82,10 @@ class Emitter:
         function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
         builder.store(builder.call(function, [a, b, builder.load(total)]), total)
 
+    def add(self, total: Any, value: Any) -> None:
+        """total += value."""
+        self._builder.store(self._builder.fadd(self._builder.load(total), value), total)
+
     def all(self, kind: ir.VectorType, value: float) -> Any:
         """A constant in every lane."""
         return ir.Constant(kind, [value] * kind.count)
@@ -98,7 +103,7 @@ class Emitter:
             self.fma(total, a, self.all(kind, factor))
             return builder.load(total)
 
-        x = self.greater(x, self.all(kind, -87.0))
+        x = self.greater(x, self.all(kind, LEAST_EXPONENT))
         n = builder.fptosi(product(x, 1 / math.log(2), self.all(kind, -0.5)), whole)
         n_float = builder.sitofp(n, kind)
         r = product(n_float, 2.1219444e-4, product(n_float, -0.693359375, x))

@@ -9,11 +9,10 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llama4.config import TextConfig
-from llama4.linear import grouped_linear, linear
+from llama4.linear import gated_linear, linear
 from llama4.memory import zeros
 
 Ticket: TypeAlias = Any  # what a dispatcher needs to combine later; opaque here
@@ -53,8 +52,7 @@ class MLP:
         yield f"{prefix}.down_proj.weight", self.down
 
     def __call__(self, x_TD: Tensor) -> Tensor:
-        gate_TI, up_TI = linear(x_TD, self.gate_up).chunk(2, dim=-1)
-        return linear(F.silu(gate_TI).mul_(up_TI), self.down)
+        return gated_linear(x_TD, (self.gate_up,), (self.down,), (len(x_TD),))
 
 
 class MoE:
@@ -165,5 +163,4 @@ class Experts:
             return torch.empty_like(x_ND)
         gate_up, down = zip(*(self._weights[layer, expert] for expert in hit), strict=True)
         rows = [count for count in counts if count]
-        gate_NI, up_NI = grouped_linear(x_ND, gate_up, rows).chunk(2, dim=-1)
-        return grouped_linear(F.silu(gate_NI).mul_(up_NI), down, rows)
+        return gated_linear(x_ND, gate_up, down, rows)

@@ -19,7 +19,8 @@ from numba import carray, cfunc, literally, njit, types
 from torch import Tensor
 
 from llama4 import openmp
-from llama4.intrinsics import CACHE, OUTER_COLUMNS, SIDE, UNSEEN, fetch_add, floats_at, outer_tile, softmax_tile
+from llama4.intrinsics import CACHE, OUTER_COLUMNS, SIDE, UNSEEN, fetch_add, floats_at
+from llama4.softmax_tiles import outer_tile, softmax_tile
 from llama4.tiles import FLOAT
 
 _KEYS = 128  # of a block

@@ -10,18 +10,8 @@ from typing import Any
 from numba import carray, literally, njit
 
 from llama4.emitter import LANES
-from llama4.intrinsics import (
-    BLOCK,
-    CACHE,
-    LARGE,
-    MEDIUM,
-    PANEL,
-    SMALL,
-    add_weighted,
-    dot_tile,
-    floats_at,
-    panel_tile,
-)
+from llama4.intrinsics import CACHE, LARGE, MEDIUM, PANEL, SMALL, floats_at
+from llama4.product_tiles import BLOCK, add_weighted, dot_tile, panel_tile
 
 FLOAT = 4  # bytes
 
@@ -81,31 +71,51 @@ def interleave(x: Any, x_stride: Any, width: Any, panel: Any) -> None:
 
 
 @njit(cache=CACHE)
-def _panel_tiles(
-    some: Any, wide: Any, rows: Any, panels: Any, columns: Any, w: Any, w_stride: Any, y: Any, y_stride: Any, width: Any
-) -> None:
-    """As `panel_dots`, by tiles of one shape, of which the rows are a multiple; at least `wide` columns."""
-    for column in range(0, columns, wide):
-        c = min(column, columns - wide)  # the last tile begins where it fits, and makes some once more
-        for r in range(0, rows, some * PANEL):
-            panels_r, y_r = panels + r * width * FLOAT, y + r * y_stride + c * FLOAT
-            panel_tile(literally(some), literally(wide), panels_r, w + c * w_stride, w_stride, y_r, y_stride, width)
+def place_in_panel(d: Any, width: Any) -> Any:
+    """Where `interleave` puts the rows' floats d."""
+    whole = width - width % PANEL
+    if d >= whole:
+        return d
+    block = d - d % BLOCK
+    return block + d % LANES * (min(BLOCK, whole - block) // LANES) + d % BLOCK // LANES
 
 
 @njit(cache=CACHE)
-def panel_dots(rows: Any, panels: Any, columns: Any, w: Any, w_stride: Any, y: Any, y_stride: Any, width: Any) -> None:
-    """As `dots`, of whole panels that lie one after the other, each as `interleave` makes it."""
+def _panel_tiles(
+    some: Any, wide: Any, across: Any, rows: Any, panels: Any, columns: Any, w: Any, w_stride: Any, y: Any,
+    y_stride: Any, width: Any,
+) -> None:  # fmt: skip
+    """As `panel_dots`, by tiles of one shape, of which the rows are a multiple; at least `wide` columns."""
+    for column in range(0, columns, wide):
+        c = min(column, columns - wide)  # the last tile begins where it fits, and makes some once more
+        w_c, y_c = w + c * w_stride, y + c * (PANEL if across else 1) * FLOAT
+        for r in range(0, rows, some * PANEL):
+            panels_r, y_r = panels + r * width * FLOAT, y_c + (r // PANEL if across else r) * y_stride
+            panel_tile(
+                literally(some), literally(wide), literally(across), panels_r, w_c, w_stride, y_r, y_stride, width
+            )
+
+
+@njit(cache=CACHE)
+def panel_dots(
+    across: Any, rows: Any, panels: Any, columns: Any, w: Any, w_stride: Any, y: Any, y_stride: Any, width: Any
+) -> None:
+    """As `dots`, of whole panels that lie one after the other, each as `interleave` makes it.
+
+    `across` is 0, or 1 for results in panels as `panel_tile` makes them.
+    """
     size = width * FLOAT  # of a panel, for each of its rows
     if columns < max(LARGE[1], MEDIUM[1], SMALL[1]):
-        _panel_tiles(1, 1, rows, panels, columns, w, w_stride, y, y_stride, width)
+        _panel_tiles(1, 1, across, rows, panels, columns, w, w_stride, y, y_stride, width)
     else:
+        y_row = y_stride // PANEL if across else y_stride
         some = rows - rows % (LARGE[0] * PANEL)
         more = rows - rows % (MEDIUM[0] * PANEL)
-        _panel_tiles(LARGE[0], LARGE[1], some, panels, columns, w, w_stride, y, y_stride, width)
-        panels_m, y_m = panels + some * size, y + some * y_stride
-        _panel_tiles(MEDIUM[0], MEDIUM[1], more - some, panels_m, columns, w, w_stride, y_m, y_stride, width)
-        panels_s, y_s = panels + more * size, y + more * y_stride
-        _panel_tiles(SMALL[0], SMALL[1], rows - more, panels_s, columns, w, w_stride, y_s, y_stride, width)
+        _panel_tiles(LARGE[0], LARGE[1], across, some, panels, columns, w, w_stride, y, y_stride, width)
+        panels_m, y_m = panels + some * size, y + some * y_row
+        _panel_tiles(MEDIUM[0], MEDIUM[1], across, more - some, panels_m, columns, w, w_stride, y_m, y_stride, width)
+        panels_s, y_s = panels + more * size, y + more * y_row
+        _panel_tiles(SMALL[0], SMALL[1], across, rows - more, panels_s, columns, w, w_stride, y_s, y_stride, width)
 
 
 @njit(cache=CACHE)
