@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,9 +11,9 @@ import torch
 import typer
 
 from bench.bounds import Bound, Costs
-from bench.common import DEFAULT_CHECKPOINT, Cell, CheckpointDir, JsonFile, Report, Threads, apart, spread
+from bench.common import DEFAULT_CHECKPOINT, Cell, CheckpointDir, JsonFile, Report, Threads, spread
 from bench.distributed_engine import Roles, Transport, Work, hidden_share, measure
-from bench.limits import Limits
+from bench.limits import Limits, MovingLimits
 from bench.local_engine import DecodeRun, LocalEngine, Shape, single_process
 from llama4.config import TextConfig
 
@@ -39,7 +40,12 @@ def decode_row(run: DecodeRun, costs: Costs, limits: Limits) -> Row:
         "bound ms": bound.seconds * 1e3,
         "bound by": bound.by,
         "% of bound": 100 * bound.seconds / run.median,
+        **_beside(limits),
     }
+
+
+def _beside(limits: Limits) -> Row:
+    return {"limits: read GB/s": limits.bandwidth / 1e9, "GEMM GFLOP/s": limits.gemm / 1e9}
 
 
 def around_row(run: DecodeRun) -> Row:
@@ -72,25 +78,29 @@ def prefill_row(tokens: int, found: list[float], costs: Costs, limits: Limits) -
         "% of GEMM rate": 100 * flops / taken / limits.gemm,
         "bound by": bound.by,
         "% of bound": 100 * bound.seconds / taken,
+        **_beside(limits),
     }
 
 
-def context_rows(engine: LocalEngine, costs: Costs, limits: Limits, batch: int, steps: int) -> list[Row]:
+def context_runs(engine: LocalEngine, batch: int, steps: int) -> dict[int, DecodeRun]:
+    """At each context that the page pools have room for."""
+    contexts = [context for context in CONTEXTS if batch * (context + 2 * steps) <= SHAPE.kv_tokens]
+    return {context: engine.decode(batch, context, steps) for context in contexts}
+
+
+def context_rows(runs: dict[int, DecodeRun], costs: Costs, limits: Limits, steps: int) -> list[Row]:
     """`extra` is what a step takes, or reads, more than at the first context; `% of read` is its part of the limit."""
     rows: list[Row] = []
     first: tuple[float, int] | None = None
-    for context in CONTEXTS:
-        if batch * (context + 2 * steps) > SHAPE.kv_tokens:
-            break
-        run = engine.decode(batch, context, steps)
-        read = batch * costs.kv_bytes(context + steps // 2)
+    for context, run in runs.items():
+        read = run.batch * costs.kv_bytes(context + steps // 2)
         first = first or (run.median, read)
         extra_s, extra_bytes = run.median - first[0], read - first[1]
         nbytes = costs.weight_bytes(run.parts["experts_hit"])
         rate = extra_bytes / extra_s if extra_s > 0 and extra_bytes else None
         rows.append(
             {
-                "batch": str(batch),
+                "batch": str(run.batch),
                 "context": str(context),
                 "ms/step": run.median * 1e3,
                 "KV MB": read / 1e6,
@@ -162,24 +172,27 @@ def main(
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}: must be of {', '.join(PARTS)}", param_hint="--only")
     torch.set_num_threads(threads)
     report = Report(f"engine, {checkpoint}")
-    limits = apart(lambda: Limits.measure(threads))
-    report.add("limits", [{"read GB/s": limits.bandwidth / 1e9, "fp32 GEMM GFLOP/s": limits.gemm / 1e9}])
+    limits = MovingLimits(threads)
     costs = Costs(TextConfig.from_dir(checkpoint))
     ours: dict[str, float] = {}
 
     engine = single_process(checkpoint, SHAPE)
     if parts & {"decode", "transformers", "distributed"}:
-        runs = [engine.decode(batch, context, steps, temperature) for batch in BATCHES]
-        ours |= {f"decode {run.batch}": run.median for run in runs}
-        report.add("decode", [decode_row(run, costs, limits) for run in runs], "median; the bound counts weights only")
-        report.add("where a step goes", [around_row(run) for run in runs], "mean")
+        runs = [limits.around(partial(engine.decode, batch, context, steps, temperature)) for batch in BATCHES]
+        ours |= {f"decode {run.batch}": run.median for run, _ in runs}
+        rows = [decode_row(run, costs, beside) for run, beside in runs]
+        report.add("decode", rows, "medians; the bound counts weights only; limits: means of before and after")
+        report.add("where a step goes", [around_row(run) for run, _ in runs], "means")
     if parts & {"prefill", "transformers"}:
-        found = {tokens: engine.prefill(tokens, repeats) for tokens in PREFILLS}
-        ours |= {f"prefill {tokens}": statistics.median(taken) for tokens, taken in found.items()}
-        report.add("prefill", [prefill_row(tokens, taken, costs, limits) for tokens, taken in found.items()])
+        prefills = {tokens: limits.around(partial(engine.prefill, tokens, repeats)) for tokens in PREFILLS}
+        ours |= {f"prefill {tokens}": statistics.median(taken) for tokens, (taken, _) in prefills.items()}
+        rows = [prefill_row(tokens, taken, costs, beside) for tokens, (taken, beside) in prefills.items()]
+        report.add("prefill", rows, "medians; limits: means of before and after")
     if "context" in parts:
-        found_rows = [row for batch in CONTEXT_BATCHES for row in context_rows(engine, costs, limits, batch, steps)]
-        report.add("growing context", found_rows)
+        grown = [limits.around(partial(context_runs, engine, batch, steps)) for batch in CONTEXT_BATCHES]
+        report.add(
+            "growing context", [row for some, beside in grown for row in context_rows(some, costs, beside, steps)]
+        )
     engine.close()
     del engine
     if "distributed" in parts:

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import typer
 
-from bench.common import Cell, JsonFile, Report, Threads, seconds
+from bench.common import Cell, JsonFile, Report, Result, Threads, apart, seconds
 
 BUFFER_BYTES = 512 << 20  # far more than any last-level cache
 GEMM_SIZE = 2048
@@ -38,6 +38,24 @@ class Limits:
     @classmethod
     def measure(cls, threads: int) -> Limits:
         return cls(threads, max(bandwidths(threads).values()), gemm_rate(threads))
+
+
+class MovingLimits:
+    """The limits around each piece of work: on a host that others use as well they move by the minute."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._last = self._measure()
+
+    def around(self, work: Callable[[], Result]) -> tuple[Result, Limits]:
+        """The result of `work`, and the means of the limits just before and just after it."""
+        before, result = self._last, work()
+        self._last = after = self._measure()
+        bandwidth, gemm = (before.bandwidth + after.bandwidth) / 2, (before.gemm + after.gemm) / 2
+        return result, Limits(self._threads, bandwidth, gemm)
+
+    def _measure(self) -> Limits:
+        return apart(lambda: Limits.measure(self._threads))
 
 
 def buffer(nbytes: int, huge_pages: bool) -> torch.Tensor:
