@@ -19,7 +19,7 @@ from torch import Tensor
 from llama4 import openmp
 from llama4.intrinsics import CACHE, PANEL, fetch_add, floats_at
 from llama4.product_tiles import gate_tile
-from llama4.row_products import ROWS, interleaved, pieces_of, prepared_products, threads_for
+from llama4.row_products import ROWS, interleaved, pieces_of, products_of, threads_for
 from llama4.tiles import FLOAT, dots, panel_dots, place_in_panel
 
 _PORTION = 48  # outputs of the gate, and of up, that a thread takes at a time
@@ -36,17 +36,18 @@ def gated_products(x_TD: Tensor, gate_ups: Sequence[Tensor], downs: Sequence[Ten
     rows of the result may have space between them.
     """
     x_TD = x_TD.contiguous()
-    panels, width = interleaved(x_TD, counts), downs[0].shape[1]
-    h_TI = torch.empty((len(x_TD), width))
+    (rows, hidden), width = x_TD.shape, downs[0].shape[1]
+    panels = interleaved(x_TD, counts)
     h_panels = None if panels is None else torch.empty((len(panels), width, PANEL))
-    scratch = torch.empty((torch.get_num_threads(), _SCRATCH))
+    inner = torch.empty(rows * width + torch.get_num_threads() * _SCRATCH)
+    h_TI, scratch = inner[: rows * width].view(rows, width), inner.data_ptr() + rows * width * FLOAT
     pieces = pieces_of(x_TD, panels, gate_ups, counts)
-    job = [0, 0, len(pieces), width, x_TD.shape[1], scratch.data_ptr()]
     h_pieces = pieces_of(h_TI, h_panels, downs, counts)
-    for (x, panel, w, _, rows), (h, h_panel, *_) in zip(pieces, h_pieces, strict=True):
-        job += (x, panel, w, h, h_panel, rows)
-    openmp.run(_TAKE_PORTIONS, job, threads_for(x_TD.numel() * width))
-    return prepared_products(h_TI, h_panels, downs, counts)
+    job = [0, 0, len(pieces), width, hidden, scratch]
+    for (x, panel, w, _, some), (h, h_panel, _, _, _) in zip(pieces, h_pieces, strict=True):
+        job += (x, panel, w, h, h_panel, some)
+    openmp.run(_TAKE_PORTIONS, job, threads_for(rows * hidden * width))
+    return products_of(h_pieces, rows, downs[0].shape)
 
 
 @njit(cache=CACHE)

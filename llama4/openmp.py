@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -29,7 +30,7 @@ def suits(dtype: torch.dtype, device: torch.device) -> bool:
 
 def computes(x: torch.Tensor) -> bool:
     """Whether they take these rows; there has to be one."""
-    return len(x) > 0 and suits(x.dtype, x.device)
+    return x.is_cpu and x.dtype == torch.float32 and x.shape[0] > 0 and available()
 
 
 def run(function: int, job: Sequence[int], threads: int | None = None) -> None:
@@ -40,7 +41,8 @@ def run(function: int, job: Sequence[int], threads: int | None = None) -> None:
     """
     parallel = _parallel()
     assert parallel is not None, "see available"
-    parallel(function, (ctypes.c_int64 * len(job))(*job), threads or torch.get_num_threads(), 0)
+    shared = array("q", job)
+    parallel(function, shared.buffer_info()[0], threads or torch.get_num_threads(), 0)
 
 
 @functools.cache
