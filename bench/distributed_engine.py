@@ -48,15 +48,6 @@ _SPAWN = get_context("spawn")
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """Decode runs to make: each batch size, from `context` tokens on, for `steps` steps."""
-
-    batches: tuple[int, ...]
-    context: int
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
 class Roles:
     """torch threads of each process, and OMP_WAIT_POLICY (passive: idle OpenMP threads sleep at once)."""
 
@@ -99,31 +90,39 @@ def hidden_share(run: DecodeRun) -> float:
     return run.parts["hidden"] / (run.parts["hidden"] + run.parts["combine"])
 
 
-def measure(path: Path, shape: Shape, work: Work, roles: Roles, transport: Transport) -> list[DecodeRun]:
-    """One run for each batch size; its parts have `dispatch`, `combine` and `hidden`, see `hidden_share`."""
-    store, port = host_store(ADDRESS)  # gloo's meeting place
-    attention, theirs = _SPAWN.Pipe()
-    experts, experts_end = _SPAWN.Pipe()
-    processes = [
-        _SPAWN.Process(target=_attention, args=(theirs, path, port, shape, work, roles, transport), daemon=True),
-        _SPAWN.Process(target=_expert, args=(experts_end, path, port, roles.expert_threads, transport), daemon=True),
-    ]
-    with _omp_wait_policy(roles.omp_wait):
-        for process in processes:
-            process.start()
-    theirs.close()
-    experts_end.close()
-    try:
+class DistributedEngine:
+    """The two processes; `close` ends them. The parts of a run have `dispatch`, `combine` and `hidden`, see above."""
+
+    def __init__(self, path: Path, shape: Shape, roles: Roles, transport: Transport) -> None:
+        self._store, port = host_store(ADDRESS)  # gloo's meeting place
+        self._attention, theirs = _SPAWN.Pipe()
+        self._experts, experts_end = _SPAWN.Pipe()
+        self._processes = [
+            _SPAWN.Process(target=_attention, args=(theirs, path, port, shape, roles, transport), daemon=True),
+            _SPAWN.Process(
+                target=_expert, args=(experts_end, path, port, roles.expert_threads, transport), daemon=True
+            ),
+        ]
+        with _omp_wait_policy(roles.omp_wait):
+            for process in self._processes:
+                process.start()
+        theirs.close()
+        experts_end.close()
         if transport == "p2p":
-            attention.send(experts.recv())
-        runs: list[DecodeRun] = attention.recv()  # EOFError: the child has said why on its own stderr
-    finally:
-        experts.close()
-        for process in processes:
+            self._attention.send(self._experts.recv())
+
+    def decode(self, batch: int, context: int, steps: int) -> DecodeRun:
+        """As `LocalEngine.decode`. Raises EOFError if a process has ended; it has said why on its own stderr."""
+        self._attention.send((batch, context, steps))
+        run: DecodeRun = self._attention.recv()
+        return run
+
+    def close(self) -> None:
+        self._attention.close()
+        self._experts.close()
+        for process in self._processes:
             process.join(10)
             process.kill()
-        del store
-    return runs
 
 
 @contextlib.contextmanager
@@ -149,9 +148,8 @@ def _join(rank: int, port: int) -> EpochGroup:
     return EpochGroup.form(1, WORLD, rank, store, address=ADDRESS, timeout_s=TIMEOUT_S)
 
 
-def _attention(
-    pipe: Connection, path: Path, port: int, shape: Shape, work: Work, roles: Roles, transport: Transport
-) -> None:
+def _attention(pipe: Connection, path: Path, port: int, shape: Shape, roles: Roles, transport: Transport) -> None:
+    """Decodes as it is asked to, until the pipe's other end goes."""
     torch.set_num_threads(roles.attention_threads)
     config = TextConfig.from_dir(path)
     decoder = apart(lambda: load_decoder(Checkpoint(path), config, torch.float32, "cpu"))
@@ -160,7 +158,9 @@ def _attention(
     engine = LocalEngine(config, decoder, watched, gate, shape)
     engine.watch.totals.update(watched.totals)
     watched.totals = engine.watch.totals
-    pipe.send([engine.decode(batch, work.context, work.steps) for batch in work.batches])
+    with contextlib.suppress(EOFError):
+        while True:
+            pipe.send(engine.decode(*pipe.recv()))
     engine.close()
 
 

@@ -12,7 +12,7 @@ import typer
 
 from bench.bounds import Bound, Costs
 from bench.common import DEFAULT_CHECKPOINT, Cell, CheckpointDir, JsonFile, Report, Threads, spread
-from bench.distributed_engine import Roles, Transport, Work, hidden_share, measure
+from bench.distributed_engine import DistributedEngine, Roles, Transport, hidden_share
 from bench.limits import Limits, MovingLimits
 from bench.local_engine import DecodeRun, LocalEngine, Shape, single_process
 from llama4.config import TextConfig
@@ -131,20 +131,26 @@ def transformers_rows(checkpoint: Path, ours: dict[str, float], context: int, st
     ]
 
 
-def distributed_rows(runs: list[DecodeRun], ours: dict[str, float]) -> list[Row]:
+def distributed_rows(local: LocalEngine, other: DistributedEngine, context: int, steps: int) -> list[Row]:
+    """`of single process`: against the same decoding in one process, in turn; each a mean of its runs' medians."""
     rows: list[Row] = []
-    for run in runs:
-        alone = ours.get(f"decode {run.batch}")
+    for batch in BATCHES:
+        turns = [local, other, local, other, local]
+        runs = [engine.decode(batch, context, steps) for engine in turns]
+        alone = statistics.fmean(run.median for run in runs[::2])
+        taken = statistics.fmean(run.median for run in runs[1::2])
+        run = runs[1]
         rows.append(
             {
                 "batch": str(run.batch),
-                "tokens/s": run.batch / run.median,
-                "ms/step": run.median * 1e3,
+                "tokens/s": run.batch / taken,
+                "ms/step": taken * 1e3,
                 "+-%": spread(run.seconds) * 100,
                 "dispatch ms": run.parts["dispatch"] * 1e3,
                 "combine ms": run.parts["combine"] * 1e3,
                 "hidden %": 100 * hidden_share(run),
-                "of single process": alone / run.median if alone else None,
+                "single process ms": alone * 1e3,
+                "of single process": alone / taken,
             }
         )
     return rows
@@ -177,7 +183,7 @@ def main(
     ours: dict[str, float] = {}
 
     engine = single_process(checkpoint, SHAPE)
-    if parts & {"decode", "transformers", "distributed"}:
+    if parts & {"decode", "transformers"}:
         runs = [limits.around(partial(engine.decode, batch, context, steps, temperature)) for batch in BATCHES]
         ours |= {f"decode {run.batch}": run.median for run, _ in runs}
         rows = [decode_row(run, costs, beside) for run, beside in runs]
@@ -193,15 +199,15 @@ def main(
         report.add(
             "growing context", [row for some, beside in grown for row in context_rows(some, costs, beside, steps)]
         )
-    engine.close()
-    del engine
     if "distributed" in parts:
-        roles = Roles(attention_threads, expert_threads, omp_wait)
         title = f"1 attention ({attention_threads} threads) + 1 expert process ({expert_threads} threads)"
         transports: tuple[Transport, ...] = ("p2p", "gloo")
         for transport in transports:
-            found_runs = measure(checkpoint, SHAPE, Work(BATCHES, context, steps), roles, transport)
-            report.add(f"{title}, {transport}", distributed_rows(found_runs, ours))
+            other = DistributedEngine(checkpoint, SHAPE, Roles(attention_threads, expert_threads, omp_wait), transport)
+            report.add(f"{title}, {transport}", distributed_rows(engine, other, context, steps))
+            other.close()
+    engine.close()
+    del engine
     if "transformers" in parts:
         report.add("transformers", transformers_rows(checkpoint, ours, context, steps // 4, repeats // 2))
     report.save(json_file)

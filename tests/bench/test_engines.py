@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.distributed_engine import Roles, Transport, Work, hidden_share, measure
+from bench.distributed_engine import DistributedEngine, Roles, Transport, hidden_share
 from bench.local_engine import LocalEngine, Shape, single_process
 from bench.stopwatch import stopwatch
 from llama4.decoder import Decoder
@@ -62,7 +62,9 @@ def test_a_stopwatch_adds_up_calls() -> None:
 @pytest.mark.cluster
 @pytest.mark.parametrize("transport", ["p2p", "gloo"])
 def test_the_distributed_engine_decodes(mini: Path, transport: Transport) -> None:
-    runs = measure(mini, SHAPE, Work((1, 3), context=20, steps=4), Roles(1, 1, "passive"), transport)
+    engine = DistributedEngine(mini, SHAPE, Roles(1, 1, "passive"), transport)
+    runs = [engine.decode(batch, context=20, steps=4) for batch in (1, 3)]
+    engine.close()
     assert [(run.batch, len(run.seconds)) for run in runs] == [(1, 4), (3, 4)]
     assert all(run.parts["combine"] > 0 and run.parts["dispatch"] > 0 for run in runs)
     assert all(0 < hidden_share(run) < 1 for run in runs)
