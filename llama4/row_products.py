@@ -66,9 +66,7 @@ def interleaved(x_TD: Tensor, counts: Sequence[int]) -> Tensor | None:
     return panels
 
 
-def pieces_of(
-    x_TD: Tensor, panels: Tensor | None, weights_ND: Sequence[Tensor], counts: Sequence[int]
-) -> list[Piece]:
+def pieces_of(x_TD: Tensor, panels: Tensor | None, weights_ND: Sequence[Tensor], counts: Sequence[int]) -> list[Piece]:
     """The work for rows and their panels, as `interleaved` gives them; x_TD need only have rows that are in none."""
     x, panel, size = x_TD.data_ptr(), 0 if panels is None else panels.data_ptr(), x_TD.shape[1] * FLOAT
     pieces, first = [], 0
