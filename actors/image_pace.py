@@ -97,23 +97,23 @@ class ImagePace:
 
     def saw(self, seconds: float, tokens: int) -> None:
         """A stream's next tokens took so long."""
+        if self._slowdown is None:
+            return
         self._seconds += seconds
         self._tokens += tokens
         now = self.clock()
         if now - self._tick >= _TICK_S:
-            self._adjust(self._seconds / self._tokens, now)
+            self._adjust(self._seconds / self._tokens, self._slowdown, now)
             self._tick, self._seconds, self._tokens = now, 0.0, 0
 
-    def _adjust(self, per_token: float, now: float) -> None:
-        if self._slowdown is None:
-            return
+    def _adjust(self, per_token: float, slowdown: float, now: float) -> None:
         if self._usual is None:
             self._usual = per_token
         if not self._waiting and now - self._last_turn >= _QUIET_S:
             self._usual += _LEARNT * (per_token - self._usual)
             self._debt_s = 0.0
             return
-        elapsed, allowed = now - self._tick, self._usual * (1 + self._slowdown)
+        elapsed, allowed = now - self._tick, self._usual * (1 + slowdown)
         self._debt_s = min(max(self._debt_s + elapsed * (per_token / allowed - 1), 0.0), _DEBT_S)
         if per_token > allowed:
             self.rate = max(_LEAST, self.rate * _SLOWER)

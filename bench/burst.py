@@ -9,7 +9,7 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -41,12 +41,12 @@ class Watched:
         windows = [[at for at in times if begin <= at < end] for times in self.streams]
         return [now - before for window in windows for before, now in itertools.pairwise(window)]
 
-    async def follow(self, client: Client, prompt: list[int], max_tokens: int) -> None:
-        """Streams answers, one after another, until it is cancelled."""
+    async def follow(self, client: Client, asks: Iterable[Ask]) -> None:
+        """One more stream: of these answers, one after another."""
         times: list[float] = []
         self.streams.append(times)
-        while True:
-            async for count in client.stream(Ask(0.0, prompt, max_tokens)):
+        for ask in asks:
+            async for count in client.stream(ask):
                 times += [time.perf_counter()] * count
 
 
@@ -96,7 +96,10 @@ async def one_round(url: str, streams: int, pictures: Sequence[bytes], quiet_s: 
     ):
         model = (await shower.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
         bodies = [question(model, picture, max_tokens) for picture in pictures]  # before it counts
-        tasks = [group.create_task(watched.follow(client, [65 + n], 2000)) for n in range(streams)]
+        tasks = [
+            group.create_task(watched.follow(client, itertools.repeat(Ask(0.0, [65 + n], 2000))))
+            for n in range(streams)
+        ]
         await asyncio.sleep(_WARM_S)
         begin = time.perf_counter()
         await asyncio.sleep(quiet_s)

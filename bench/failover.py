@@ -8,7 +8,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import grpc
 import typer
@@ -47,15 +47,10 @@ class Deployment:
 
 async def longest_pause(client: Client, asks: Sequence[Ask], harm: Callable[[], object]) -> tuple[float, float]:
     """Streams all answers, does `harm` in their midst; the longest and the median seconds between tokens after it."""
-    watched = Watched([[] for _ in asks])
-
-    async def follow(times: list[float], ask: Ask) -> None:
-        async for count in client.stream(ask):
-            times += [time.perf_counter()] * count
-
+    watched = Watched()
     async with asyncio.TaskGroup() as group:
-        for times, ask in zip(watched.streams, asks, strict=True):
-            group.create_task(follow(times, ask))
+        for ask in asks:
+            group.create_task(watched.follow(client, [ask]))
         while sum(map(len, watched.streams)) < _BEGUN * sum(ask.max_tokens for ask in asks):
             await asyncio.sleep(0.01)
         at = time.perf_counter()
@@ -91,10 +86,13 @@ def main(
     tokens: Annotated[int, typer.Option(min=2, help="Of each answer.")] = 150,
     kills: Annotated[int, typer.Option(min=1, help="How often an actor is killed.")] = 10,
     role: Annotated[str, typer.Option(help="Whom: expert or attention.")] = "expert",
+    by: Annotated[
+        Literal["KILL", "STOP"], typer.Option(help="The signal; who is stopped hangs, until the deadline.")
+    ] = "KILL",
     calm: Annotated[int, typer.Option(min=1, help="Rounds before, in which nobody is.")] = 5,
     json_file: JsonFile = None,
 ) -> None:
-    """Kill an actor of a running server amid streams, again and again, and print their longest pause."""
+    """Kill or stop an actor of a running server amid streams, again and again, and print their longest pause."""
     deployment = Deployment(address)
     asks = [Ask(0.0, [65 + number % 100], tokens) for number in range(streams)]
 
@@ -111,10 +109,10 @@ def main(
     undisturbed = [watch(lambda: None) for _ in range(calm)]
     killed = []
     for name, pid in victims(deployment, role, kills):
-        killed.append(watch(lambda pid=pid: os.kill(pid, signal.SIGKILL)))  # type: ignore[misc]
+        killed.append(watch(lambda pid=pid: os.kill(pid, signal.Signals[f"SIG{by}"])))  # type: ignore[misc]
         deployment.until_replaced(name, pid)
     report = Report(f"{streams} streams of {tokens} tokens")
-    rows = [row("nobody killed", undisturbed), row(f"{role} killed", killed)]
+    rows = [row("nobody killed", undisturbed), row(f"{role}, SIG{by}", killed)]
     report.add(
         "pauses of any stream", rows, f"from token to token, within {_AFTER_S:g} s; every stream came to its end"
     )
