@@ -18,6 +18,8 @@ setup: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_FLAGS) -c constraints.txt -e '.[dev]'
+	@# Compiles the kernels for this processor, and keeps them: or else all actors would, side by side, at their first start.
+	$(BIN)/python -c 'import llama4.decoder'
 	touch $@
 
 serve: setup

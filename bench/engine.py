@@ -135,7 +135,7 @@ def distributed_rows(local: LocalEngine, other: DistributedEngine, context: int,
     """`of single process`: against the same decoding in one process, in turn; each a mean of its runs' medians."""
     rows: list[Row] = []
     for batch in BATCHES:
-        turns = [local, other, local, other, local]
+        turns: list[LocalEngine | DistributedEngine] = [local, other, local, other, local]
         runs = [engine.decode(batch, context, steps) for engine in turns]
         alone = statistics.fmean(run.median for run in runs[::2])
         taken = statistics.fmean(run.median for run in runs[1::2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -15,14 +16,30 @@ from numba.extending import intrinsic
 
 from llama4.emitter import FLOAT32, LANES, Emitter
 
-# Compiling takes seconds, so its results are kept. numba itself only looks at the file of the outermost function to
-# see whether they are up to date.
 _HERE = Path(__file__).parent
 _PARTS = ("emitter.py", "intrinsics.py", "product_tiles.py", "softmax_tiles.py", "tiles.py")
-_SHARED = b"".join((_HERE / name).read_bytes() for name in _PARTS)
-CACHE = os.access(_HERE, os.W_OK)
+
+
+def _cache_directory() -> Path | None:
+    """Beside the code, or else in the user's home; None if nothing can be kept.
+
+    Compiling takes half a minute, so its results are kept. numba itself only looks at the file of the outermost
+    function to see whether they are up to date, so what all of them share is in the name.
+    """
+    shared = b"".join((_HERE / name).read_bytes() for name in _PARTS)
+    for place in (str(_HERE / "__pycache__"), "~/.cache/herder"):
+        with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: nobody's home
+            parent = Path(place).expanduser()
+            parent.mkdir(parents=True, exist_ok=True)
+            if os.access(parent, os.W_OK):
+                return parent / hashlib.blake2b(shared, digest_size=8).hexdigest()
+    return None
+
+
+_kept = _cache_directory()
+CACHE = _kept is not None
 if CACHE:
-    numba.config.CACHE_DIR = str(_HERE / "__pycache__" / hashlib.blake2b(_SHARED, digest_size=8).hexdigest())
+    numba.config.CACHE_DIR = str(_kept)
 
 PANEL = 2 * LANES  # rows of a panel
 # Rows of a panel have no order, and take the widest registers. Of panel_tiles, (panels, columns), the largest computes
