@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
 import grpc
 import httpx
 
+from bench.common import Result
 from bench.load import Ask
 from herder.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 
@@ -90,3 +92,16 @@ class GrpcClient:
 
     async def close(self) -> None:
         await self._channel.close()
+
+
+def over_grpc(address: str, work: Callable[[Client], Awaitable[Result]]) -> Result:
+    """The result of `work` with a client of its own; greedy, of the server's own model."""
+
+    async def run() -> Result:
+        client = GrpcClient(address, None, 0.0)
+        try:
+            return await work(client)
+        finally:
+            await client.close()
+
+    return asyncio.run(run())

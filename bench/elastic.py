@@ -12,7 +12,7 @@ import grpc
 import typer
 
 from bench.burst import Watched
-from bench.clients import Client, GrpcClient
+from bench.clients import Client, over_grpc
 from bench.common import Cell, JsonFile, Report
 from bench.load import Ask
 from herder.v1 import control_pb2 as pb
@@ -85,16 +85,6 @@ def main(
     pool = Pool(address)
     asks = [Ask(0.0, [65 + number % 100], tokens) for number in range(streams)]
 
-    def watch(change: Callable[[], object]) -> tuple[list[float], float]:
-        async def run() -> tuple[list[float], float]:
-            client = GrpcClient(address, None, 0.0)
-            try:
-                return await pauses_during(client, asks, change)
-            finally:
-                await client.close()
-
-        return asyncio.run(run())
-
     changes: dict[str, Callable[[], object]] = {
         "nothing changes": lambda: time.sleep(_CALM_S),
         "2 to 4 expert actors": lambda: pool.scale(4),
@@ -102,6 +92,10 @@ def main(
         "4 to 3 expert actors": lambda: pool.scale(3),
         "3 to 2 expert actors": lambda: pool.scale(2),
     }
+
+    def watch(change: Callable[[], object]) -> tuple[list[float], float]:
+        return over_grpc(address, lambda client: pauses_during(client, asks, change))
+
     rows = [row(what, *watch(change)) for what, change in changes.items()]
     report = Report(f"{streams} streams")
     report.add("from token to token of any stream", rows)

@@ -14,7 +14,7 @@ import grpc
 import typer
 
 from bench.burst import Watched
-from bench.clients import Client, GrpcClient
+from bench.clients import Client, over_grpc
 from bench.common import Cell, JsonFile, Report
 from bench.load import Ask
 from herder.v1 import control_pb2, control_pb2_grpc
@@ -97,14 +97,7 @@ def main(
     asks = [Ask(0.0, [65 + number % 100], tokens) for number in range(streams)]
 
     def watch(harm: Callable[[], object]) -> tuple[float, float]:
-        async def run() -> tuple[float, float]:
-            client = GrpcClient(address, None, 0.0)
-            try:
-                return await longest_pause(client, asks, harm)
-            finally:
-                await client.close()
-
-        return asyncio.run(run())
+        return over_grpc(address, lambda client: longest_pause(client, asks, harm))
 
     undisturbed = [watch(lambda: None) for _ in range(calm)]
     killed = []
