@@ -29,6 +29,8 @@ if TYPE_CHECKING:  # ray comes with it: not for `herder --help`
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 _UP = "Ray runtime started"
+_TOO_SLOW = "timed out during startup"  # Ray gives a node thirty seconds, which a busy machine may not have
+_STARTS = 3
 _START_TIMEOUT_S = 120.0
 _LEAVE_TIMEOUT_S = 60.0
 _LOOK_EVERY_S = 0.2
@@ -48,6 +50,10 @@ Resources = Annotated[
 RayOptions = Annotated[
     list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Further options of `ray start`.", show_default=False)
 ]
+
+
+class _TooSlow(CliError):
+    """Ray gave up waiting for its own processes."""
 
 
 class RayNode:
@@ -88,29 +94,41 @@ def ray_node(arguments: Sequence[str], drain_s: float) -> Iterator[RayNode]:
     environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = f"{drain_s:g}"
     environment.setdefault("RAY_AUTH_MODE", "token")
     with tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            [*RAY, "start", "--block", *arguments],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for us to hand on, once
-        )
-        try:
-            yield _until_up(process, output)
-        except KeyboardInterrupt:
-            _leave(process)
-            raise
-        finally:
-            process.kill()
-            process.wait()
+        for left in reversed(range(_STARTS)):
+            process = subprocess.Popen(
+                [*RAY, "start", "--block", *arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is for us to hand on, once
+            )
+            try:
+                try:
+                    node = _until_up(process, output)
+                except _TooSlow:
+                    if not left:
+                        raise
+                    output.seek(0)  # the next process writes where we are
+                    output.truncate()
+                    continue
+                yield node
+                return
+            except KeyboardInterrupt:
+                _leave(process)
+                raise
+            finally:
+                process.kill()
+                process.wait()
 
 
 def _until_up(process: subprocess.Popen[bytes], output: IO[bytes]) -> RayNode:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while _UP not in _text(output):
         if process.poll() is not None:
-            raise CliError(f"Ray did not start: {_fault(_text(output))}")
+            text = _text(output)
+            kind = _TooSlow if _TOO_SLOW in text else CliError
+            raise kind(f"Ray did not start: {_fault(text)}")
         if time.monotonic() >= deadline:
             raise CliError(f"Ray has not started within {_START_TIMEOUT_S:g} s")
         time.sleep(_LOOK_EVERY_S)

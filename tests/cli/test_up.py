@@ -28,6 +28,9 @@ def note(*words):
         print(json.dumps(words), file=notes)
 note(*sys.argv[1:])
 fault = open({fault!r}).read()
+if "start" in sys.argv and (slow := open({slow!r}).read()):
+    open({slow!r}, "w").write(slow[1:])
+    sys.exit("Exception: The current node timed out during startup. It could be overloaded.")
 if fault or "start" not in sys.argv:
     print(fault)
     sys.exit(1 if fault else 0)
@@ -58,13 +61,21 @@ This process on node 10.0.0.2 was started with:
 class FakeRay:
     def __init__(self, folder: Path) -> None:
         self._notes, self._fault, script = folder / "notes", folder / "fault", folder / "ray.py"
+        self._slow = folder / "slow"
         raylet = shutil.copy(shutil.which("sleep") or "", folder / "raylet")
-        script.write_text(RAY.format(notes=str(self._notes), fault=str(self._fault), raylet=str(raylet)))
+        script.write_text(
+            RAY.format(notes=str(self._notes), fault=str(self._fault), slow=str(self._slow), raylet=str(raylet))
+        )
         self.command = (sys.executable, str(script))
         self.fail("")
+        self.be_slow(0)
 
     def fail(self, words: str) -> None:
         self._fault.write_text(words)
+
+    def be_slow(self, times: int) -> None:
+        """So many starts take too long for Ray."""
+        self._slow.write_text("." * times)
 
     def notes(self) -> list[list[str]]:
         return [json.loads(line) for line in self._notes.read_text().splitlines()]
@@ -89,6 +100,19 @@ def machines(until: int, *signals: signal.Signals) -> Iterator[list[Machine]]:
                 signal.raise_signal(number_of)
         head = Machine("10.0.0.1", {"CPU": 2.0, "node:10.0.0.1": 1.0, "memory": 9e9}, here=False)
         yield [head, Machine("10.0.0.2", {"CPU": 8.0, "GPU": 4.0, "object_store_memory": 9e9}, here=True)]
+
+
+@pytest.mark.parametrize(("times", "starts"), [(2, 3), (3, 3)])
+def test_a_start_that_is_too_slow_for_ray_is_tried_again(
+    cli: CliRunner, ray: FakeRay, monkeypatch: pytest.MonkeyPatch, times: int, starts: int
+) -> None:
+    found = machines(1, signal.SIGINT)
+    monkeypatch.setattr("cluster.launch.machines", lambda: next(found))
+    ray.be_slow(times)
+    result = cli.invoke(app, ["up", "--head", "--node-ip", "127.0.0.1", "--port", str(free_port())])
+    assert result.exit_code == (0 if times < starts else 1), result.stderr
+    assert ("timed out during startup" in result.stderr) == (times >= starts)
+    assert sum(words[0] == "start" for words in ray.notes()) == starts
 
 
 @pytest.fixture
