@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -203,9 +204,9 @@ def main(
         title = f"1 attention ({attention_threads} threads) + 1 expert process ({expert_threads} threads)"
         transports: tuple[Transport, ...] = ("p2p", "gloo")
         for transport in transports:
-            other = DistributedEngine(checkpoint, SHAPE, Roles(attention_threads, expert_threads, omp_wait), transport)
-            report.add(f"{title}, {transport}", distributed_rows(engine, other, context, steps))
-            other.close()
+            roles = Roles(attention_threads, expert_threads, omp_wait)
+            with closing(DistributedEngine(checkpoint, SHAPE, roles, transport)) as other:
+                report.add(f"{title}, {transport}", distributed_rows(engine, other, context, steps))
     engine.close()
     del engine
     if "transformers" in parts:

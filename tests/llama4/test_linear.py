@@ -87,11 +87,11 @@ def test_wide_rows_have_the_same_bits_alone(rows: int, width: int) -> None:
     torch.manual_seed(rows)
     x_TD, gate_up, down = torch.randn(rows, width), torch.randn(60, width), torch.randn(20, 30)
     w_ND = torch.randn(30, width)
-    torch.testing.assert_close(linear(x_TD, w_ND), F.linear(x_TD, w_ND), rtol=1e-4, atol=1e-3)
+    products, outputs = linear(x_TD, w_ND), gated_linear(x_TD, (gate_up,), (down,), (rows,))
+    torch.testing.assert_close(products, F.linear(x_TD, w_ND), rtol=1e-4, atol=1e-3)
     for row, x_D in enumerate(x_TD):
-        assert torch.equal(linear(x_TD, w_ND)[row], linear(x_D[None], w_ND)[0])
-        many, one = (gated_linear(x, (gate_up,), (down,), (len(x),)) for x in (x_TD, x_D[None]))
-        assert torch.equal(many[row], one[0])
+        assert torch.equal(products[row], linear(x_D[None], w_ND)[0])
+        assert torch.equal(outputs[row], gated_linear(x_D[None], (gate_up,), (down,), (1,))[0])
 
 
 @pytest.mark.parametrize("gate", [float("nan"), float("inf"), -float("inf"), -1e30, 1e30, -90.0, -0.0, 0.0])
