@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 
 from actors.dashboard import StateShown, call_in_state
 from actors.giving_way import import_giving_way
+from actors.heartbeats import Heartbeats
 from actors.logs import set_level
 from actors.member import Member, log
 from actors.outbox import Outbox
@@ -22,7 +22,7 @@ from cluster.live import LiveSettings
 from dispatch.epoch import Epoch
 from dispatch.faults import Fault
 from dispatch.topology import Topology
-from engine.request import Request, RequestOutput, RequestRejected
+from engine.request import GATEWAY_SILENT, ErrorCode, Request, RequestError, RequestOutput, RequestRejected
 
 if TYPE_CHECKING:
     from engine.engine import Engine
@@ -45,7 +45,7 @@ class AttentionActor:
         self._sweeper: asyncio.Task[None] | None = None
         self._metrics = RayMetrics()
         self._reporter: asyncio.Task[None] | None = None
-        self._heard: dict[str, float] = {}  # gateway → when it last said that it lives
+        self._gateways = Heartbeats(_SILENT_GATEWAY_S)
         self._shown = StateShown(self._state, call_in_state)
 
     async def load(self) -> None:
@@ -86,31 +86,37 @@ class AttentionActor:
             matcher = None
             if request.grammar is not None:  # beside the event loop: a large one takes seconds
                 matcher = await asyncio.to_thread(self._parts.grammars.compile, request.grammar)
+            # The last output of one that the engine does not know any more may still be on its way to the outbox.
+            if self._outbox.expects(request.request_id):
+                raise RequestError(ErrorCode.ALREADY_EXISTS, "its earlier life has not ended yet").rejection(
+                    "request_id"
+                )
             self._engine.submit(request, matcher, self._parts.patches(request, images_PD))
         except RequestRejected as rejection:
             return rejection
         # Outputs come through this event loop, so none is sorted before this.
         self._outbox.expect(request.request_id, gateway_id)
-        self._heard.setdefault(gateway_id, time.monotonic())
+        self._gateways.expect(gateway_id)
         return None
 
     async def keep_alive(self, gateway_id: str) -> None:
         """The gateway lives. One that had requests here and falls silent has them ended."""
-        self._heard[gateway_id] = time.monotonic()
+        self._gateways.hear(gateway_id)
 
     async def _end_silent_gateways(self, outbox: Outbox) -> None:
         while True:
-            await asyncio.sleep(_SILENT_GATEWAY_S / 4)
-            now = time.monotonic()
-            for gateway_id in [name for name, at in self._heard.items() if now - at > _SILENT_GATEWAY_S]:
-                del self._heard[gateway_id]
+            await asyncio.sleep(self._gateways.interval_s)
+            for gateway_id in self._gateways.silent():
                 if requests := outbox.requests_of(gateway_id):
                     log.warning("gateway silent gateway=%s requests=%d", gateway_id, len(requests))
-                    await self.abort(requests)
+                    await self._end(requests, GATEWAY_SILENT)
 
     async def abort(self, request_ids: Sequence[str]) -> int:
         """Ends these requests; returns how many were under way here."""
-        return 0 if self._engine is None else self._engine.abort(request_ids)
+        return await self._end(request_ids)
+
+    async def _end(self, request_ids: Sequence[str], error: RequestError | None = None) -> int:
+        return 0 if self._engine is None else self._engine.abort(request_ids, error)
 
     async def outputs(self, gateway_id: str) -> AsyncIterator[list[RequestOutput]]:
         """Everything for this gateway, one item per step; endless. A stream that is dropped aborts its requests."""

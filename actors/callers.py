@@ -56,12 +56,16 @@ class Callers:
                 task.cancel()
 
     async def watch(self, living: Callable[[], frozenset[str]]) -> None:
-        """Looks again and again, until cancelled. `living` may block; while it raises, nothing is known."""
+        """Looks again and again, until cancelled. `living` may block.
+
+        While it raises or lists none, nothing is known: Serve replaces a proxy, or Ray's head is just coming back.
+        """
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             if calls := self.running():
                 try:
-                    self.look(calls, await asyncio.to_thread(living))
+                    if proxies := await asyncio.to_thread(living):
+                        self.look(calls, proxies)
                 except Exception as error:
                     log.warning("Serve's proxies are not known: %s", error)
 

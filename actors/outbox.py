@@ -33,6 +33,10 @@ class Outbox:
         """Outputs of this request go to this gateway, until the last one."""
         self._gateway_of[request_id] = gateway_id
 
+    def expects(self, request_id: str) -> bool:
+        """Whether the last output of this request has yet to be sorted."""
+        return request_id in self._gateway_of
+
     def deliver(self, outputs: list[RequestOutput]) -> None:
         """Takes a step's outputs; does not block."""
         self._loop.call_soon_threadsafe(self._sort, outputs)

@@ -30,7 +30,16 @@ from actors.open_request import OpenRequest
 from actors.reasons import first_line
 from actors.vision_client import VisionClient
 from cluster.launch import CONTROLLER, NAMESPACE
-from engine.request import SHUTTING_DOWN, ErrorCode, FinishReason, Request, RequestError, RequestOutput, RequestRejected
+from engine.request import (
+    GATEWAY_SILENT,
+    SHUTTING_DOWN,
+    ErrorCode,
+    FinishReason,
+    Request,
+    RequestError,
+    RequestOutput,
+    RequestRejected,
+)
 
 log = logging.getLogger("herder")
 
@@ -152,7 +161,8 @@ class RayEngineClient(ControllerClient):
     async def _go_on(self, opened: OpenRequest, end: RequestOutput) -> RequestOutput | None:
         """Brings a request whose engine is lost to another one. Returns its last output if that cannot be."""
         assert opened.link is not None and end.error is not None
-        opened.left.add(opened.link)
+        if end.error != GATEWAY_SILENT:  # this engine lives, and takes it back
+            opened.left.add(opened.link)
         opened.fruitless = opened.fruitless + 1 if len(opened.tokens) == opened.tokens_before else 0
         opened.tokens_before = len(opened.tokens)
         if opened.fruitless == _MOST_FRUITLESS:

@@ -113,7 +113,7 @@ class Engine:
         self._lock = threading.Lock()
         self.drained = threading.Event()
         self._arrived: list[tuple[Request, Matcher | None, PromptPatches | None]] = []
-        self._aborted: list[str] = []
+        self._aborted: list[tuple[str, RequestError | None]] = []
         self._known: set[str] = set()
         self._failure: RequestError | None = None  # why nothing is admitted any more
         self._draining = False
@@ -148,10 +148,13 @@ class Engine:
             self._arrived.append((request, matcher, patches))
         self._gate.ring()
 
-    def abort(self, request_ids: Sequence[str]) -> int:
-        """Ends these requests with finish reason `abort` before the next step; returns how many were known."""
+    def abort(self, request_ids: Sequence[str], error: RequestError | None = None) -> int:
+        """Ends these requests before the next step, with finish reason `abort` or with an error.
+
+        Returns how many were known.
+        """
         with self._lock:
-            known = [request_id for request_id in request_ids if request_id in self._known]
+            known = [(request_id, error) for request_id in request_ids if request_id in self._known]
             self._aborted += known
         if known:
             self._gate.ring()
@@ -260,7 +263,8 @@ class Engine:
                 self._scheduler.add(request)
                 self._stepper.expect(request, matcher, patches)
         late = RequestError(ErrorCode.DEADLINE_EXCEEDED, "the request's deadline has passed")
-        self._end(aborted, FinishReason.ABORT, None)
+        for request_id, error in aborted:
+            self._end([request_id], FinishReason.ABORT if error is None else FinishReason.ERROR, error)
         self._end(self._scheduler.overdue(), FinishReason.ERROR, late)
 
     def _end(self, request_ids: Sequence[str], reason: FinishReason, error: RequestError | None) -> None:

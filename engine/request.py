@@ -46,6 +46,8 @@ class RequestError:
 
 # How an engine that was told to end, and that nobody will replace, ends its requests.
 SHUTTING_DOWN = RequestError(ErrorCode.UNAVAILABLE, "the engine is shutting down", retryable=True)
+# How it ends those of a gateway that seems to be gone. If that was only held up, it may bring them back.
+GATEWAY_SILENT = RequestError(ErrorCode.UNAVAILABLE, "the gateway has fallen silent", retryable=True)
 
 
 class RequestRejected(ValueError):

@@ -101,3 +101,22 @@ def test_the_watch_outlives_errors(monkeypatch) -> None:
         watching.cancel()
 
     assert with_call(steps) == "cancelled"
+
+
+def test_no_proxy_in_the_list_is_no_news(monkeypatch) -> None:
+    monkeypatch.setattr("actors.callers._LOOK_EVERY_S", 0.001)
+    answers = iter([frozenset[str](), A, frozenset[str](), A])
+    looks = 0
+
+    def living() -> frozenset[str]:
+        nonlocal looks
+        looks += 1
+        return next(answers, A)
+
+    async def steps(callers: Callers, task: asyncio.Task[str]) -> None:
+        watching = asyncio.create_task(callers.watch(living))
+        while looks < 8:
+            await asyncio.sleep(0.001)
+        watching.cancel()
+
+    assert with_call(steps) == "ended"

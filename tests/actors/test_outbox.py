@@ -41,3 +41,12 @@ async def test_a_slow_gateway_gets_what_has_come_meanwhile_in_order():
             outbox.deliver([output("a", token)])
         await asyncio.sleep(0)
         assert [item.token_ids[0] for item in await anext(stream)] == [1, 2, 3, 4]
+
+
+async def test_a_request_is_expected_until_its_last_output_is_sorted():
+    outbox = Outbox()
+    outbox.expect("a", "g")
+    outbox.deliver([output("a", 1, last=True)])
+    assert outbox.expects("a") and not outbox.expects("b")
+    await asyncio.sleep(0.01)
+    assert not outbox.expects("a")

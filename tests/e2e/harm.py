@@ -89,10 +89,21 @@ def disturbed(address: str, harm: Callable[[], float], expected: Mapping[int, li
 
     asyncio.run(both())
     assert not {number: stream.error for number, stream in streams.items() if stream.error}
-    wrong = {n: (stream.tokens, expected[n]) for n, stream in streams.items() if stream.tokens != expected[n]}
-    assert not wrong, wrong
+    wrong = {n: _difference(stream, expected[n]) for n, stream in streams.items() if stream.tokens != expected[n]}
+    assert not wrong, f"harm at {at}: {wrong}"
     gaps = [b - a for stream in streams.values() for a, b in zip(stream.times, stream.times[1:], strict=False)]
     return max(stream.longest_gap(at, at + 20) for stream in streams.values()), statistics.median(gaps)
+
+
+def _difference(stream: Stream, expected: list[int]) -> str:
+    """Where an answer leaves what was expected, and when that token came (time.monotonic)."""
+    pairs = zip(stream.tokens, expected, strict=False)
+    place = next(
+        (n for n, (token, other) in enumerate(pairs) if token != other), min(len(stream.tokens), len(expected))
+    )
+    times = [round(time, 2) for time in stream.times[place : place + 1]]
+    around = slice(place, place + 8)
+    return f"token {place} of {len(stream.tokens)}, at {times}: {stream.tokens[around]} for {expected[around]}"
 
 
 def harm_to(control: Control, name: str, how: signal.Signals = signal.SIGKILL) -> Callable[[], float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
-from herder.v1 import inference_pb2, inference_pb2_grpc
+from herder.v1 import inference_pb2, inference_pb2_grpc, types_pb2
 
 
 @dataclass
@@ -60,6 +60,11 @@ async def run_streams(
                         now = time.monotonic()
                         stream.tokens += message.tokens.token_ids
                         stream.times += [now] * len(message.tokens.token_ids)
+                    if (
+                        message.HasField("finished")
+                        and message.finished.finish_reason != types_pb2.FINISH_REASON_LENGTH
+                    ):
+                        stream.error = str(message.finished)
             except grpc.RpcError as error:
                 stream.error = str(error)
 

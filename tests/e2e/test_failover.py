@@ -15,11 +15,12 @@ import psutil
 import pytest
 import ray
 
+from actors.attention import _SILENT_GATEWAY_S
 from actors.deployment import Deployment
 from actors.seats import find_actors
 from dispatch.faults import Fault
 from tests.e2e.conftest import running
-from tests.e2e.harm import Census, Control, disturbed, harm_to, pid_of, undisturbed
+from tests.e2e.harm import Census, Control, disturbed, harm_to, kill, pid_of, undisturbed
 from tests.e2e.streams import Stream, run_streams
 
 pytestmark = pytest.mark.cluster
@@ -115,6 +116,26 @@ def test_messages_are_dropped_and_late(deployment, control, expected):
     after = control.info()
     assert {actor.pid for actor in after.actors} == {actor.pid for actor in before.actors}  # nobody was ended for it
     assert after.epoch > before.epoch  # though the links were given up
+
+
+def test_the_gateway_stands_still_for_a_while(deployment, control, expected):
+    """Longer than engines, slowed down meanwhile, keep the requests of a gateway that they do not hear."""
+    pid = pid_of("ServeReplica:herder:gateway")
+    assert pid is not None
+    silence_s = 1.5 * _SILENT_GATEWAY_S
+    engines = find_actors("attention")
+    slow = [Fault("delay", "attention", rank, seconds=0.5, times=round(2 * silence_s)) for rank in engines]
+
+    def harm() -> float:
+        ray.get([member.go_wrong.remote(slow) for found in engines.values() for member in found])
+        kill(pid, signal.SIGSTOP)
+        try:
+            time.sleep(silence_s)
+        finally:
+            kill(pid, signal.SIGCONT)
+        return time.monotonic()
+
+    disturbed(deployment.grpc_address, harm, {number: expected[number] for number in STREAMS[:16]})
 
 
 @pytest.mark.timeout(300 + 20 * KILLS)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.request import ErrorCode, FinishReason, Request, RequestRejected, SamplingParams
+from engine.request import GATEWAY_SILENT, ErrorCode, FinishReason, Request, RequestRejected, SamplingParams
 from tests.llama4.reference import reference_logits
 from tests.single import SingleProcess
 
@@ -116,6 +116,14 @@ def test_abort_frees_the_request_and_leaves_others_alone(engine):
     assert engine.outputs["goes"][-1].finish_reason is FinishReason.ABORT
     assert [token for output in engine.outputs["stays"] for token in output.token_ids] == expected
     assert set(engine.engine.load().kv_pages_used.values()) == {0}
+
+
+def test_an_abort_with_an_error_is_that_error(engine):
+    engine.engine.submit(request("given up", prompts(1)[0], max_tokens=200))
+    assert engine.engine.abort(["given up"], GATEWAY_SILENT) == 1
+    engine.wait(["given up"])
+    end = engine.outputs["given up"][-1]
+    assert (end.finish_reason, end.error) == (FinishReason.ERROR, GATEWAY_SILENT)
 
 
 def test_a_deadline_ends_the_request(engine):

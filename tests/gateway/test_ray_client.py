@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 from actors import engine_links, ray_client
 from actors.ray_client import RayEngineClient
 from engine.request import (
+    GATEWAY_SILENT,
     SHUTTING_DOWN,
     ErrorCode,
     FinishReason,
@@ -235,6 +236,16 @@ async def test_an_engine_that_stays_full(pair, a, b, deadline_s, busy_s, monkeyp
     assert end.error.retryable and end.error.code is ErrorCode.UNAVAILABLE and "a died" in end.error.message
     assert time.time() - start >= (deadline_s or busy_s) - 0.01
     assert 3 < len(b.calls) < 60
+
+
+async def test_an_engine_that_thought_the_gateway_dead_takes_its_requests_back(client, a):
+    stream = await begin(client, a, request("one"), 5)
+    a.end("one", GATEWAY_SILENT)
+    await until(lambda: a.calls == ["submit one", "submit one"])
+    assert a.requests["one"].generated_token_ids == (5,)
+    a.send(last("one", 6))
+    await stream.end()
+    assert stream.tokens == [5, 6]
 
 
 async def test_an_answer_waits_for_an_engine_to_come(a):
