@@ -21,6 +21,7 @@ from actors.api_keys import ApiKeys, read_keys
 from actors.callers import Callers, living_proxies
 from actors.client import EngineClient
 from actors.current_span import start_tracing
+from actors.garbage import keep_all_there_is
 from actors.gateway_core import GatewayCore
 from actors.grpc_errors import Context
 from actors.http_api import build_http_app
@@ -85,6 +86,7 @@ class Gateway(grpc_server.Servicers):
             self._standalone = await grpc_server.start(self, config)
         else:
             self._watching = asyncio.create_task(self._callers.watch(living_proxies))
+        keep_all_there_is()
         log.info(
             "gateway up model=%s max_context=%d tokenizer=%s images=%s",
             served_name,

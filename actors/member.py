@@ -17,6 +17,7 @@ import psutil
 import ray
 from ray.actor import ActorHandle
 
+from actors.garbage import keep_all_there_is
 from actors.giving_way import giving_way
 from actors.logs import set_up_logs
 from actors.status import ActorStatus
@@ -110,6 +111,7 @@ class Member:
                 self.state = "left"
                 self._ended.set_result(None)
 
+        keep_all_there_is()
         self.state = "serving"
         threading.Thread(target=body, name=self.name, daemon=True).start()
 

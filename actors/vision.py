@@ -25,6 +25,7 @@ from actors import series
 from actors.current_span import start_tracing
 from actors.embeddings import to_array
 from actors.encoded_images import EncodedImage, EncodedImages
+from actors.garbage import keep_all_there_is
 from actors.logs import set_up_logs
 from actors.ray_metrics import RayMetrics
 from actors.tile_batcher import TileBatcher, Tiles
@@ -68,6 +69,7 @@ class Vision:
         self._metrics.set(series.IMAGES_RUNNING, 0)
         for counted in (series.IMAGES, series.IMAGE_HITS, series.TILES):
             self._metrics.add(counted, 0)
+        keep_all_there_is()
         log.info("vision up device=%s dtype=%s tile=%d", self._device, dtype, spec.tile_size)
 
     async def encode(

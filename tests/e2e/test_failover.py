@@ -122,7 +122,7 @@ def test_the_gateway_stands_still_for_a_while(deployment, control, expected):
     """Longer than engines, slowed down meanwhile, keep the requests of a gateway that they do not hear."""
     pid = pid_of("ServeReplica:herder:gateway")
     assert pid is not None
-    silence_s = 1.5 * _SILENT_GATEWAY_S
+    silence_s = 1.3 * _SILENT_GATEWAY_S
     engines = find_actors("attention")
     slow = [Fault("delay", "attention", rank, seconds=0.5, times=round(2 * silence_s)) for rank in engines]
 
