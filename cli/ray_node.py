@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import IO, TYPE_CHECKING, Annotated
 
@@ -50,10 +50,6 @@ Resources = Annotated[
 RayOptions = Annotated[
     list[str] | None, typer.Argument(metavar="[-- OPTIONS]", help="Further options of `ray start`.", show_default=False)
 ]
-
-
-class _TooSlow(CliError):
-    """Ray gave up waiting for its own processes."""
 
 
 class RayNode:
@@ -94,45 +90,52 @@ def ray_node(arguments: Sequence[str], drain_s: float) -> Iterator[RayNode]:
     environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = f"{drain_s:g}"
     environment.setdefault("RAY_AUTH_MODE", "token")
     with tempfile.TemporaryFile() as output:
-        for left in reversed(range(_STARTS)):
-            process = subprocess.Popen(
-                [*RAY, "start", "--block", *arguments],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C is for us to hand on, once
-            )
-            try:
-                try:
-                    node = _until_up(process, output)
-                except _TooSlow:
-                    if not left:
-                        raise
-                    output.seek(0)  # the next process writes where we are
-                    output.truncate()
-                    continue
-                yield node
-                return
-            except KeyboardInterrupt:
-                _leave(process)
-                raise
-            finally:
-                process.kill()
-                process.wait()
+        for _ in range(_STARTS):
+            output.seek(0)  # a process writes where we are
+            output.truncate()
+            with _ray_start(arguments, environment, output) as process:
+                if _comes_up(process, output):
+                    yield RayNode(process, output)
+                    return
+        raise CliError(f"Ray did not start: {_fault(_text(output))}")
 
 
-def _until_up(process: subprocess.Popen[bytes], output: IO[bytes]) -> RayNode:
+@contextmanager
+def _ray_start(
+    arguments: Sequence[str], environment: Mapping[str, str], output: IO[bytes]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """`ray start --block`, ended at the end: by Ctrl-C in order."""
+    process = subprocess.Popen(
+        [*RAY, "start", "--block", *arguments],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,  # Ctrl-C is for us to hand on, once
+    )
+    try:
+        yield process
+    except KeyboardInterrupt:
+        _leave(process)
+        raise
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _comes_up(process: subprocess.Popen[bytes], output: IO[bytes]) -> bool:
+    """Waits until the node is up; False if Ray itself gave up waiting. Raises CliError."""
     deadline = time.monotonic() + _START_TIMEOUT_S
     while _UP not in _text(output):
         if process.poll() is not None:
             text = _text(output)
-            kind = _TooSlow if _TOO_SLOW in text else CliError
-            raise kind(f"Ray did not start: {_fault(text)}")
+            if _TOO_SLOW in text:
+                return False
+            raise CliError(f"Ray did not start: {_fault(text)}")
         if time.monotonic() >= deadline:
             raise CliError(f"Ray has not started within {_START_TIMEOUT_S:g} s")
         time.sleep(_LOOK_EVERY_S)
-    return RayNode(process, output)
+    return True
 
 
 def _lives(process: psutil.Process) -> bool:
