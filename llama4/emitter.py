@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -68,12 +68,39 @@ class Emitter:
         self._builder.store(value, self._pointer(value.type, base, index, part), align=4)
 
     def spread(self, kind: ir.Type, value: Any) -> Any:
-        """The float in every lane."""
+        """The number in every lane."""
         if kind is FLOAT32:
             return value
         undefined = ir.Constant(kind, ir.Undefined)
         first = self._builder.insert_element(undefined, value, ir.Constant(BIT32, 0))
         return self._builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(BIT32, kind.count), None))
+
+    def vector(self, values: list[Any]) -> Any:
+        """These floats, side by side."""
+        made = ir.Constant(ir.VectorType(FLOAT32, len(values)), ir.Undefined)
+        for lane, value in enumerate(values):
+            made = self._builder.insert_element(made, value, BIT32(lane))
+        return made
+
+    def lanes(self, vector: Any, first: int, count: int) -> Any:
+        """So many of a vector's lanes, from this one on."""
+        chosen = ir.Constant(ir.VectorType(BIT32, count), list(range(first, first + count)))
+        return self._builder.shuffle_vector(vector, vector, chosen)
+
+    def transposed(self, rows: list[Any]) -> list[Any]:
+        """The columns of a square: rows of the first half are interleaved with those of the second, again and again."""
+        count = half = len(rows)
+        while half > 1:
+            half //= 2
+            pairs = [(rows[i], rows[i + count // 2]) for i in range(count // 2)]
+            rows = [self._interleaved(a, b, first) for a, b in pairs for first in (0, count // 2)]
+        return rows
+
+    def _interleaved(self, a: Any, b: Any, first: int) -> Any:
+        """The lanes of two vectors in turn, from a half's first on."""
+        count = a.type.count
+        chosen = [lane + other for lane in range(first, first + count // 2) for other in (0, count)]
+        return self._builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(BIT32, count), chosen))
 
     def fma(self, total: Any, a: Any, b: Any) -> None:
         """total += a * b."""
@@ -94,7 +121,7 @@ class Emitter:
         return self._builder.select(self._builder.fcmp_ordered(">", a, b), a, b)
 
     def exp(self, x: Any) -> Any:
-        """Of a vector, x <= 0, to two units in the last place: the series of `paged_attention`."""
+        """Of a vector, x <= 0, to two units in the last place: 2^n times a Taylor polynomial of what is left over."""
         builder, kind = self._builder, x.type
         whole = ir.VectorType(BIT32, kind.count)
 
@@ -117,13 +144,18 @@ class Emitter:
 
     def total(self, vector: Any) -> Any:
         """The sum over a vector variable's lanes, in the order of `tree`."""
-        builder, value, left = self._builder, self._builder.load(vector), LANES
+        return self._folded(self._builder.load(vector), self._builder.fadd)
+
+    def largest(self, vector: Any) -> Any:
+        """The largest of a vector's lanes."""
+        return self._folded(vector, self.greater)
+
+    def _folded(self, value: Any, combine: Callable[[Any, Any], Any]) -> Any:
+        left = value.type.count
         while left > 1:
             left //= 2
-            halves = [ir.Constant(ir.VectorType(BIT32, left), list(range(at, at + left))) for at in (0, left)]
-            low, high = (builder.shuffle_vector(value, value, half) for half in halves)
-            value = builder.fadd(low, high)
-        return builder.extract_element(value, BIT32(0))
+            value = combine(self.lanes(value, 0, left), self.lanes(value, left, left))
+        return self._builder.extract_element(value, BIT32(0))
 
     def tree(self, values: list[Any]) -> Any:
         """Their sum, always in the same order: halves onto each other."""

@@ -158,7 +158,7 @@ class _Planner:
     def _rows_alone(self, segment: Segment) -> bool:
         """Whether each of the segment's rows attends by itself: one that decodes, and on CPUs a short run as well.
 
-        Then it makes no difference to any bit of theirs how a prompt was cut, or whether it is computed again.
+        There it makes no difference to any bit of theirs.
         """
         if segment.length == 1:
             return True

@@ -36,8 +36,8 @@ SETTINGS = (
     "transport.deadline_s=1",
     "vision.min_replicas=0",
 )
-# Ray gives up a silent node after a minute, and so does a node its head. Not yet while it starts: on a busy machine that
-# takes a node longer than these limits.
+# Ray gives up a silent node after a minute, and so does a node its head. Not while it starts, which takes longer than
+# these limits on a busy machine.
 QUICK = {
     "RAY_health_check_initial_delay_ms": "15000",
     "RAY_health_check_period_ms": "500",

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from llama4.config import TextConfig
 from llama4.kv_pages import KVPages, Window
-from llama4.paged_attention import STRETCH, PagedDecode
+from llama4.paged_attention import PagedDecode
+from llama4.prefill_attention import BLOCK
 from tests.llama4.reference import SMALL
 
 LAYER = 0
@@ -54,14 +55,14 @@ def attention(q_HE: Tensor, window: Window, kv: KVPages) -> Tensor:
 
 @st.composite
 def places(draw: st.DrawFn, page_size: int) -> list[tuple[int, int]]:
-    keys = st.integers(1, 40) | st.integers(STRETCH - 2, STRETCH + 2) | st.integers(3 * STRETCH, 3 * STRETCH + 40)
+    keys = st.integers(1, 40) | st.integers(BLOCK - 2, BLOCK + 2) | st.integers(3 * BLOCK, 3 * BLOCK + 40)
     return draw(st.lists(st.tuples(st.integers(0, page_size - 1), keys), min_size=1, max_size=5))
 
 
 @settings(deadline=None)
 @given(
     data=st.data(),
-    page_size=st.sampled_from([1, 3, 16, STRETCH, 300]),
+    page_size=st.sampled_from([1, 3, 16, BLOCK, 300]),
     kv_heads=st.integers(1, 3),
     groups=st.integers(1, 8),
     head_dim=st.sampled_from([8, 20, 64, 128]),

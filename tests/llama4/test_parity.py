@@ -114,8 +114,8 @@ def test_ragged_batches(shape: dict[str, object], count: int, page_size: int, dr
 
 
 @pytest.mark.parametrize("paged", [True, False])
-def test_small_blocks_groups_and_stretches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paged: bool) -> None:
-    """With limits so small that masks are cut into blocks and decoding rows into many groups, or many stretches.
+def test_small_blocks_and_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, paged: bool) -> None:
+    """With limits so small that masks are cut into blocks and decoding rows into many groups, or many blocks.
 
     All prompts count as long ones.
     """
@@ -123,7 +123,7 @@ def test_small_blocks_groups_and_stretches(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(plan, "MASK_ELEMENTS", 64)
     monkeypatch.setattr(plan, "MIN_QUERY_BLOCK", 3)
     monkeypatch.setattr(gathered_attention, "SMALL_GROUP_PAGES", 1)
-    monkeypatch.setattr(paged_attention, "STRETCH", 4)
+    monkeypatch.setattr(paged_attention, "BLOCK", 4)
     if not paged:
         monkeypatch.setattr(openmp, "suits", lambda dtype, device: False)
     config = save_random(tmp_path, seed=5, attention_chunk_size=19, no_rope_layer_interval=2)

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import torch
 
-from llama4 import gathered_attention, paged_attention, plan
+from llama4 import gathered_attention, plan
 from llama4.config import LayerKind, TextConfig
 from llama4.gathered_attention import DecodeGroup, GatheredDecode
 from llama4.kv_pages import Batch, Segment
 from llama4.paged_attention import PagedDecode
 from llama4.plan import StepPlan, plan_step
+from llama4.prefill_attention import BLOCK
 from llama4.rope import inverse_frequencies
 from tests.llama4.reference import SMALL
 
@@ -66,13 +67,13 @@ def test_windows_that_are_equal_need_no_mask() -> None:
     assert group.keys == slice(8, 49) and group.mask_B11L is None
 
 
-def test_stretches_cover_each_window_once() -> None:
+def test_blocks_cover_each_window_once() -> None:
     assert plan.FEW_PAIRS < 1000 * 1700
     decode = plan_for((1040, 1), (700, 1000), (1060, 1)).kinds["full"].decode
     assert isinstance(decode, PagedDecode)
     covered: dict[int, list[int]] = {}
-    for row, page_at, first, keys, stretches, first_task in decode.tasks_N6.tolist():
-        assert keys <= paged_attention.STRETCH and stretches == 5 and first_task == (0 if row == 0 else 5)
+    for row, page_at, first, keys, blocks, first_task in decode.tasks_N6.tolist():
+        assert keys <= BLOCK and blocks == 9 and first_task == (0 if row == 0 else 9)
         pages = decode.pages_P[page_at:].tolist()
         covered.setdefault(row, []).extend(pages[i // PAGE] * PAGE + i % PAGE for i in range(first, first + keys))
     first_page = -(-1041 // PAGE) + -(-1700 // PAGE)  # of the third segment; ids count up

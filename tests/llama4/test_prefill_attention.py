@@ -10,7 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llama4 import openmp
-from llama4.prefill_attention import attend_causally
+from llama4.kv_pages import Window
+from llama4.paged_attention import PagedDecode
+from llama4.prefill_attention import BLOCK, attend_causally
+from tests.llama4.test_paged_attention import LAYER, pages_of
 
 pytestmark = pytest.mark.skipif(not openmp.available(), reason="torch attends")
 
@@ -71,3 +74,29 @@ def test_no_bit_depends_on_where_a_prompt_is_cut(cuts: list[int], seed: int) -> 
         attend(q_THE[start:end], kv_2KLE[:, :, :end].contiguous()) for start, end in zip(starts, ends, strict=True)
     ]
     assert torch.equal(torch.cat(parts), attend(q_THE, kv_2KLE))
+
+
+@settings(max_examples=60)
+@given(
+    history=st.integers(0, 3 * BLOCK),
+    kv_heads=st.integers(1, 2),
+    groups=st.integers(1, 9),
+    head_dim=st.sampled_from((2, 8, 12, 34, 64, 128)),
+    page_size=st.sampled_from((1, 3, 16, BLOCK, 300)),
+    scale=st.sampled_from((0.1, 1.0, 30.0)),
+    seed=st.integers(0, 2**31),
+)
+def test_a_row_has_the_bits_that_it_has_alone(
+    history: int, kv_heads: int, groups: int, head_dim: int, page_size: int, scale: float, seed: int
+) -> None:
+    rows, first = 37, seed % page_size
+    generator = torch.Generator().manual_seed(seed)
+    q_THE = scale * torch.randn(rows, kv_heads * groups, head_dim, generator=generator)
+    kv_2KLE = torch.randn(2, kv_heads, history + rows, head_dim, generator=generator)
+    pages = -(-(first + history + rows) // page_size)
+    kv = pages_of(page_size, kv_heads, head_dim, pages)
+    kv.pool(LAYER).flatten(0, 1)[first : first + history + rows] = kv_2KLE.permute(2, 0, 1, 3)
+    windows = [Window(row, list(range(pages)), first, history + row + 1) for row in range(rows)]
+    alone_THE = torch.empty_like(q_THE)
+    PagedDecode.of(windows, page_size).attend(LAYER, q_THE, kv, alone_THE)
+    assert torch.equal(alone_THE, attend(q_THE, kv_2KLE))
