@@ -97,6 +97,7 @@ def ray_node(arguments: Sequence[str], drain_s: float) -> Iterator[RayNode]:
                 if _comes_up(process, output):
                     yield RayNode(process, output)
                     return
+            err().print("Ray has given its own processes up that were too slow to start")
         raise CliError(f"Ray did not start: {_fault(_text(output))}")
 
 
