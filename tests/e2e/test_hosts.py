@@ -116,7 +116,7 @@ def test_a_host_that_is_cut_off_is_missed_by_nobody_and_comes_back(served, contr
     assert gap_s < 10
     assert httpx.get(f"{served.http_url}/health/ready").status_code == 200
     host.plug(in_=True)
-    host.until_said("join", "is in the cluster", join, 120, times=2)
+    host.until_said("join", "is in the cluster", join, 60, times=2)
     control.until_whole({"expert-1": before.pid})
     assert control.actors()["expert-1"].node_ip == host.address
     assert undisturbed(served.grpc_address, STREAMS, TOKENS) == expected
