@@ -88,9 +88,8 @@ class AttentionActor:
                 matcher = await asyncio.to_thread(self._parts.grammars.compile, request.grammar)
             # The last output of one that the engine does not know any more may still be on its way to the outbox.
             if self._outbox.expects(request.request_id):
-                raise RequestError(ErrorCode.ALREADY_EXISTS, "its earlier life has not ended yet").rejection(
-                    "request_id"
-                )
+                message = f"request_id {request.request_id!r} has not ended here yet"
+                return RequestRejected(message, field="request_id", code=ErrorCode.ALREADY_EXISTS)
             self._engine.submit(request, matcher, self._parts.patches(request, images_PD))
         except RequestRejected as rejection:
             return rejection
@@ -109,13 +108,10 @@ class AttentionActor:
             for gateway_id in self._gateways.silent():
                 if requests := outbox.requests_of(gateway_id):
                     log.warning("gateway silent gateway=%s requests=%d", gateway_id, len(requests))
-                    await self._end(requests, GATEWAY_SILENT)
+                    await self.abort(requests, GATEWAY_SILENT)
 
-    async def abort(self, request_ids: Sequence[str]) -> int:
-        """Ends these requests; returns how many were under way here."""
-        return await self._end(request_ids)
-
-    async def _end(self, request_ids: Sequence[str], error: RequestError | None = None) -> int:
+    async def abort(self, request_ids: Sequence[str], error: RequestError | None = None) -> int:
+        """Ends these requests, with this error if there is one; returns how many were under way here."""
         return 0 if self._engine is None else self._engine.abort(request_ids, error)
 
     async def outputs(self, gateway_id: str) -> AsyncIterator[list[RequestOutput]]:

@@ -113,7 +113,7 @@ class Engine:
         self._lock = threading.Lock()
         self.drained = threading.Event()
         self._arrived: list[tuple[Request, Matcher | None, PromptPatches | None]] = []
-        self._aborted: list[tuple[str, RequestError | None]] = []
+        self._aborted: dict[RequestError | None, list[str]] = {}  # by how they end
         self._known: set[str] = set()
         self._failure: RequestError | None = None  # why nothing is admitted any more
         self._draining = False
@@ -154,8 +154,8 @@ class Engine:
         Returns how many were known.
         """
         with self._lock:
-            known = [(request_id, error) for request_id in request_ids if request_id in self._known]
-            self._aborted += known
+            known = [request_id for request_id in request_ids if request_id in self._known]
+            self._aborted.setdefault(error, []).extend(known)
         if known:
             self._gate.ring()
         return len(known)
@@ -258,13 +258,13 @@ class Engine:
     def _take_arrivals(self) -> None:
         with self._lock:
             arrived, self._arrived = self._arrived, []
-            aborted, self._aborted = self._aborted, []
+            aborted, self._aborted = self._aborted, {}
             for request, matcher, patches in arrived:
                 self._scheduler.add(request)
                 self._stepper.expect(request, matcher, patches)
         late = RequestError(ErrorCode.DEADLINE_EXCEEDED, "the request's deadline has passed")
-        for request_id, error in aborted:
-            self._end([request_id], FinishReason.ABORT if error is None else FinishReason.ERROR, error)
+        for error, request_ids in aborted.items():
+            self._end(request_ids, FinishReason.ABORT if error is None else FinishReason.ERROR, error)
         self._end(self._scheduler.overdue(), FinishReason.ERROR, late)
 
     def _end(self, request_ids: Sequence[str], reason: FinishReason, error: RequestError | None) -> None:
