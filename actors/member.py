@@ -99,9 +99,12 @@ class Member:
 
     def start(self, loop: Callable[[], None]) -> None:
         """Runs the loop on a thread of its own; `until_ended` tells its end."""
+        from llama4.openmp import bind_threads
 
         def body() -> None:
             try:
+                if self.device.type == "cpu":
+                    bind_threads(self.number if self.kind == "expert" else -1 - self.number)
                 loop()
             except BaseException as error:
                 self.state = f"failed: {error}"

@@ -37,6 +37,7 @@ from dispatch.topology import SlotAddress, Topology
 from engine.engine import StepGate
 from llama4.config import TextConfig
 from llama4.moe import Dispatcher, Experts, Ticket
+from llama4.openmp import bind_threads
 from llama4.weights import Checkpoint, load_decoder, load_experts
 
 ADDRESS = "127.0.0.1"
@@ -191,6 +192,7 @@ def _expert(pipe: Connection, path: Path, port: int, threads: int, transport: Tr
 
 
 def _serve_p2p(pipe: Connection, experts: Experts, width: int, expert_map: ExpertMap) -> None:
+    bind_threads(0)
     server = ExpertServer(experts, 0, width, torch.float32, SECRET, ADDRESS)
     server.allow(expert_map.experts_of(0), min_epoch=0)
     pipe.send(server.address)
@@ -205,6 +207,7 @@ def _stop_at_end(pipe: Connection, server: ExpertServer) -> None:
 
 
 def _serve_gloo(group: EpochGroup, experts: Experts, width: int, expert_map: ExpertMap) -> None:
+    bind_threads(0)
     lockstep = Lockstep(group)
     rank = ExpertRank(group, expert_map, 0, experts, width, torch.float32)
     while not (header := lockstep.begin(0)).leaving:

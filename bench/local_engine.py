@@ -26,6 +26,7 @@ from llama4.config import TextConfig
 from llama4.decoder import Decoder
 from llama4.kv_pages import KVPages
 from llama4.moe import Dispatcher, Experts
+from llama4.openmp import bind_threads
 from llama4.weights import Checkpoint, load_decoder, load_experts
 
 TIMEOUT_S = 600.0
@@ -102,8 +103,12 @@ class LocalEngine:
         )
         stepper = Stepper(decoder, kv, dispatcher, config.max_position_embeddings)
         self._engine = Engine(scheduler, stepper, gate, self._deliver)
-        self._thread = threading.Thread(target=self._engine.run, name="engine", daemon=True)
+        self._thread = threading.Thread(target=self._compute, name="engine", daemon=True)
         self._thread.start()
+
+    def _compute(self) -> None:
+        bind_threads(-1)  # as an attention actor of rank 0
+        self._engine.run()
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         self._steps.append(Step(time.perf_counter(), len(outputs), dict(self.watch.totals)))
