@@ -61,20 +61,15 @@ class RayNode:
 
     def until_lost(self) -> str:
         """Waits until Ray has ended here by itself; returns why."""
-        raylet = self._raylet()
+        raylet = _raylet_of(self._process)
+        if raylet is None:
+            raise CliError("Ray has ended at once")
         while self._process.poll() is None:
             # `ray start` stays without a raylet if that has ended in order, as by a drain of its node.
             if not _lives(raylet):
                 return "its raylet has ended"
             time.sleep(_LOOK_EVERY_S)
         return _fault(_text(self._output))
-
-    def _raylet(self) -> psutil.Process:
-        with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(self._process.pid).children():
-                if child.name() == "raylet":
-                    return child
-        raise CliError("Ray has ended at once")
 
 
 @contextmanager
@@ -94,11 +89,12 @@ def ray_node(arguments: Sequence[str], drain_s: float) -> Iterator[RayNode]:
             output.seek(0)  # a process writes where we are
             output.truncate()
             with _ray_start(arguments, environment, output) as process:
-                if _comes_up(process, output):
+                why_not = _comes_up(process, output)
+                if why_not is None:
                     yield RayNode(process, output)
                     return
-            err().print("Ray has given its own processes up that were too slow to start")
-        raise CliError(f"Ray did not start: {_fault(_text(output))}")
+            err().print(f"Ray has not started: {why_not}")
+        raise CliError(f"Ray did not start in {_STARTS} tries: {why_not}")
 
 
 @contextmanager
@@ -124,19 +120,31 @@ def _ray_start(
         process.wait()
 
 
-def _comes_up(process: subprocess.Popen[bytes], output: IO[bytes]) -> bool:
-    """Waits until the node is up; False if Ray itself gave up waiting. Raises CliError."""
+def _comes_up(process: subprocess.Popen[bytes], output: IO[bytes]) -> str | None:
+    """Waits until the node is up; if it did not come up but may do so another time, why. Raises CliError."""
     deadline = time.monotonic() + _START_TIMEOUT_S
+    raylet = None
     while _UP not in _text(output):
+        raylet = raylet or _raylet_of(process)
         if process.poll() is not None:
             text = _text(output)
             if _TOO_SLOW in text:
-                return False
+                return _fault(text)
             raise CliError(f"Ray did not start: {_fault(text)}")
         if time.monotonic() >= deadline:
             raise CliError(f"Ray has not started within {_START_TIMEOUT_S:g} s")
+        if raylet is not None and not _lives(raylet):  # Ray itself waits for it nevertheless, till its time is over
+            return "its raylet ended while it started; raylet.out, in the logs of Ray's session, says why"
         time.sleep(_LOOK_EVERY_S)
-    return True
+    return None
+
+
+def _raylet_of(process: subprocess.Popen[bytes]) -> psutil.Process | None:
+    with suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children():
+            if child.name() == "raylet":
+                return child
+    return None
 
 
 def _lives(process: psutil.Process) -> bool:
