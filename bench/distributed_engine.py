@@ -185,6 +185,7 @@ def _expert(pipe: Connection, path: Path, port: int, threads: int, transport: Tr
     config = TextConfig.from_dir(path)
     expert_map = _everywhere(config)
     experts = load_experts(Checkpoint(path), config, expert_map.experts_of(0), torch.float32, "cpu")
+    bind_threads(0)  # before a group is formed, as in an expert actor
     if transport == "p2p":
         _serve_p2p(pipe, experts, config.hidden_size, expert_map)
     else:
@@ -192,7 +193,6 @@ def _expert(pipe: Connection, path: Path, port: int, threads: int, transport: Tr
 
 
 def _serve_p2p(pipe: Connection, experts: Experts, width: int, expert_map: ExpertMap) -> None:
-    bind_threads(0)
     server = ExpertServer(experts, 0, width, torch.float32, SECRET, ADDRESS)
     server.allow(expert_map.experts_of(0), min_epoch=0)
     pipe.send(server.address)
@@ -207,7 +207,6 @@ def _stop_at_end(pipe: Connection, server: ExpertServer) -> None:
 
 
 def _serve_gloo(group: EpochGroup, experts: Experts, width: int, expert_map: ExpertMap) -> None:
-    bind_threads(0)
     lockstep = Lockstep(group)
     rank = ExpertRank(group, expert_map, 0, experts, width, torch.float32)
     while not (header := lockstep.begin(0)).leaving:

@@ -117,6 +117,7 @@ def test_a_start_that_is_too_slow_for_ray_is_tried_again(
     result = cli.invoke(app, ["up", "--head", "--node-ip", "127.0.0.1", "--port", str(free_port())])
     assert result.exit_code == (0 if len(slow) < 3 else 1), result.stderr
     assert reason in result.stderr
+    assert ("did not start" in result.stderr) == (len(slow) == 3)
     assert sum(words[0] == "start" for words in ray.notes()) == 3
 
 

@@ -2,23 +2,16 @@
 
 import os
 import threading
-from collections.abc import Iterator
 
 import pytest
-import torch
 
 from llama4.openmp import bind_threads
 
 CPUS = sorted(os.sched_getaffinity(0))[:2]
-pytestmark = pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs")
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("two_threads"),
+    pytest.mark.skipif(len(CPUS) < 2, reason="needs two CPUs"),
+]
 
 
 def where_bound(first: int, cpus: list[int]) -> tuple[set[int], list[set[int]]]:

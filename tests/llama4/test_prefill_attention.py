@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,14 +13,10 @@ from llama4.paged_attention import PagedDecode
 from llama4.prefill_attention import BLOCK, attend_causally
 from tests.llama4.test_paged_attention import LAYER, pages_of
 
-pytestmark = pytest.mark.skipif(not openmp.available(), reason="torch attends")
-
-
-@pytest.fixture(autouse=True)
-def restored_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
+pytestmark = [
+    pytest.mark.usefixtures("restored_threads"),
+    pytest.mark.skipif(not openmp.available(), reason="torch attends"),
+]
 
 
 def attend(q_THE: Tensor, kv_2KLE: Tensor) -> Tensor:
