@@ -14,7 +14,7 @@ import ray
 
 log = logging.getLogger("herder")
 
-_LOOK_EVERY_S = 2.0
+_LOOK_EVERY_S = 0.5  # shorter than Serve needs to replace a proxy
 _SERVE = "serve"  # Ray's namespace of Serve's own actors
 _PROXY = "SERVE_PROXY_ACTOR"
 
@@ -22,12 +22,13 @@ _PROXY = "SERVE_PROXY_ACTOR"
 class Callers:
     """Cancels the calls of proxies that are gone.
 
-    A call does not tell by which proxy it came. It is cancelled when no proxy lives of those that lived when it came:
-    at once where there is one proxy, and never wrongly where there are several.
+    A call does not tell by which proxy it came. It is cancelled when others live, but none of those that lived at the
+    looks before and after it came: at once where there is one proxy, and never wrongly where there are several.
     """
 
     def __init__(self) -> None:
         self._calls: dict[asyncio.Task[Any], frozenset[str] | None] = {}
+        self._lived: frozenset[str] = frozenset()  # the last proxies that were seen
 
     @contextmanager
     def call(self) -> Iterator[None]:
@@ -44,28 +45,28 @@ class Callers:
         return list(self._calls)
 
     def look(self, calls: Sequence[asyncio.Task[Any]], living: frozenset[str]) -> None:
-        """Cancels those of the calls that nobody waits for. The proxies were listed when the calls were there."""
+        """Cancels those of the calls that nobody waits for. The proxies were listed when the calls were there.
+
+        That none lives is no reason yet: Serve replaces the proxy, or Ray's head is just coming back and knows of none.
+        """
         for task in calls:
             if task not in self._calls:  # it has ended
                 continue
             could_be = self._calls[task]
-            if could_be is None:  # seen for the first time: its proxy is one of these
-                self._calls[task] = living
-            elif not could_be & living:
+            if could_be is None:  # seen for the first time: its proxy may have died since it came
+                self._calls[task] = self._lived | living or None
+            elif living and not could_be & living:
                 log.info("call cancelled: its proxy has died")
                 task.cancel()
+        self._lived = living or self._lived
 
     async def watch(self, living: Callable[[], frozenset[str]]) -> None:
-        """Looks again and again, until cancelled. `living` may block.
-
-        While it raises or lists none, nothing is known: Serve replaces a proxy, or Ray's head is just coming back.
-        """
+        """Looks again and again, until cancelled. `living` may block; while it raises, nothing is known."""
         while True:
             await asyncio.sleep(_LOOK_EVERY_S)
             if calls := self.running():
                 try:
-                    if proxies := await asyncio.to_thread(living):
-                        self.look(calls, proxies)
+                    self.look(calls, await asyncio.to_thread(living))
                 except Exception as error:
                     log.warning("Serve's proxies are not known: %s", error)
 

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from actors.callers import Callers
 
-A, B = frozenset({"a"}), frozenset({"b"})
+NONE, A, B, C = frozenset[str](), frozenset({"a"}), frozenset({"b"}), frozenset({"c"})
 
 
 def with_call(steps: Callable[[Callers, asyncio.Task[str]], Awaitable[None]]) -> str:
@@ -55,9 +55,39 @@ def test_one_that_could_be_its_proxy_lives() -> None:
 def test_all_that_could_be_its_proxy_died() -> None:
     async def steps(callers: Callers, task: asyncio.Task[str]) -> None:
         callers.look([task], A | B)
-        callers.look([task], frozenset())
+        callers.look([task], NONE)
+        callers.look([task], C)
 
     assert with_call(steps) == "cancelled"
+
+
+def test_its_proxy_died_before_a_look_had_seen_both() -> None:
+    async def steps(callers: Callers, task: asyncio.Task[str]) -> None:
+        callers.look([], A)
+        callers.look([task], NONE)
+        callers.look([task], B)
+
+    assert with_call(steps) == "cancelled"
+
+
+def test_it_came_before_any_proxy_was_seen() -> None:
+    async def steps(callers: Callers, task: asyncio.Task[str]) -> None:
+        callers.look([task], NONE)
+        callers.look([task], A)
+        callers.look([task], A)
+
+    assert with_call(steps) == "ended"
+
+
+def test_it_came_through_the_new_proxy() -> None:
+    async def steps(callers: Callers, task: asyncio.Task[str]) -> None:
+        callers.look([], A)
+        callers.look([], NONE)
+        callers.look([task], B)
+        callers.look([task], NONE)
+        callers.look([task], B)
+
+    assert with_call(steps) == "ended"
 
 
 def test_a_call_that_came_after_the_proxies_were_listed() -> None:
@@ -105,7 +135,7 @@ def test_the_watch_outlives_errors(monkeypatch) -> None:
 
 def test_no_proxy_in_the_list_is_no_news(monkeypatch) -> None:
     monkeypatch.setattr("actors.callers._LOOK_EVERY_S", 0.001)
-    answers = iter([frozenset[str](), A, frozenset[str](), A])
+    answers = iter([NONE, A, NONE, A])
     looks = 0
 
     def living() -> frozenset[str]:
