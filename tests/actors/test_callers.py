@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+
+import pytest
 
 from actors.callers import Callers
 
@@ -35,67 +37,28 @@ def with_call(steps: Callable[[Callers, asyncio.Task[str]], Awaitable[None]]) ->
     return asyncio.run(run())
 
 
-def test_its_only_proxy_died() -> None:
+@pytest.mark.parametrize(
+    ("before", "since", "end"),
+    [
+        pytest.param([], [A, B], "cancelled", id="its only proxy died"),
+        pytest.param([], [A | B, B, B], "ended", id="one that could be its proxy lives"),
+        pytest.param([], [A | B, NONE, C], "cancelled", id="all that could be its proxy died"),
+        pytest.param([A], [NONE, B], "cancelled", id="its proxy died before a look had seen both"),
+        pytest.param([], [NONE, A, A], "ended", id="it came before any proxy was seen"),
+        pytest.param([A, NONE], [B, NONE, B], "ended", id="it came through the new proxy"),
+        pytest.param([A], [B], "ended", id="it came after the proxies were listed"),
+    ],
+)
+def test_what_looks_make_of_a_call(before: Sequence[frozenset[str]], since: Sequence[frozenset[str]], end: str) -> None:
+    """Of the proxies at each look: those before the call was there, and since."""
+
     async def steps(callers: Callers, task: asyncio.Task[str]) -> None:
-        callers.look([task], A)
-        callers.look([task], B)
+        for living in before:
+            callers.look([], living)
+        for living in since:
+            callers.look([task], living)
 
-    assert with_call(steps) == "cancelled"
-
-
-def test_one_that_could_be_its_proxy_lives() -> None:
-    async def steps(callers: Callers, task: asyncio.Task[str]) -> None:
-        callers.look([task], A | B)
-        callers.look([task], B)
-        callers.look([task], B)
-
-    assert with_call(steps) == "ended"
-
-
-def test_all_that_could_be_its_proxy_died() -> None:
-    async def steps(callers: Callers, task: asyncio.Task[str]) -> None:
-        callers.look([task], A | B)
-        callers.look([task], NONE)
-        callers.look([task], C)
-
-    assert with_call(steps) == "cancelled"
-
-
-def test_its_proxy_died_before_a_look_had_seen_both() -> None:
-    async def steps(callers: Callers, task: asyncio.Task[str]) -> None:
-        callers.look([], A)
-        callers.look([task], NONE)
-        callers.look([task], B)
-
-    assert with_call(steps) == "cancelled"
-
-
-def test_it_came_before_any_proxy_was_seen() -> None:
-    async def steps(callers: Callers, task: asyncio.Task[str]) -> None:
-        callers.look([task], NONE)
-        callers.look([task], A)
-        callers.look([task], A)
-
-    assert with_call(steps) == "ended"
-
-
-def test_it_came_through_the_new_proxy() -> None:
-    async def steps(callers: Callers, task: asyncio.Task[str]) -> None:
-        callers.look([], A)
-        callers.look([], NONE)
-        callers.look([task], B)
-        callers.look([task], NONE)
-        callers.look([task], B)
-
-    assert with_call(steps) == "ended"
-
-
-def test_a_call_that_came_after_the_proxies_were_listed() -> None:
-    async def steps(callers: Callers, task: asyncio.Task[str]) -> None:
-        callers.look([], A)  # listed before the call was there
-        callers.look([task], B)
-
-    assert with_call(steps) == "ended"
+    assert with_call(steps) == end
 
 
 def test_an_ended_call_is_let_be() -> None:

@@ -181,6 +181,7 @@ def test_what_clients_are_connected_to_is_killed(deployment, control, expected, 
 
     async def cut_off() -> None:
         asking = asyncio.create_task(run_streams(deployment.grpc_address, STREAMS[:20], 3000, streams))
+        # So few that the gateway has hardly had the time to see which proxies live.
         while sum(len(stream.tokens) for stream in streams.values()) < 40:
             await asyncio.sleep(0.02)
         os.kill(pid, signal.SIGKILL)
