@@ -17,7 +17,8 @@ from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from llama4 import openmp
-from llama4.intrinsics import CACHE, PANEL, fetch_add, floats_at
+from llama4.intrinsics import CACHE, PANEL, floats_at
+from llama4.portions import after_shares, begin, shares, take
 from llama4.product_tiles import gate_tile
 from llama4.row_products import ROWS, interleaved, pieces_of, products_of, threads_for
 from llama4.tiles import FLOAT, dots, panel_dots, place_in_panel
@@ -25,7 +26,7 @@ from llama4.tiles import FLOAT, dots, panel_dots, place_in_panel
 _PORTION = 48  # outputs of the gate, and of up, that a thread takes at a time
 assert _PORTION % PANEL == 0
 _SCRATCH = 2 * ROWS * _PORTION  # floats of a thread
-_HEADER = 6
+_HEADER = 4
 _PIECE = 6
 
 
@@ -39,14 +40,16 @@ def gated_products(x_TD: Tensor, gate_ups: Sequence[Tensor], downs: Sequence[Ten
     (rows, hidden), width = x_TD.shape, downs[0].shape[1]
     panels = interleaved(x_TD, counts)
     h_panels = None if panels is None else torch.empty((len(panels), width, PANEL))
-    inner = torch.empty(rows * width + torch.get_num_threads() * _SCRATCH)
+    threads = threads_for(rows * hidden * width)
+    inner = torch.empty(rows * width + threads * _SCRATCH)
     h_TI, scratch = inner[: rows * width].view(rows, width), inner.data_ptr() + rows * width * FLOAT
     pieces = pieces_of(x_TD, panels, gate_ups, counts)
     h_pieces = pieces_of(h_TI, h_panels, downs, counts)
-    job = [0, 0, len(pieces), width, hidden, scratch]
+    job = shares(len(pieces) * -(-width // _PORTION), threads)
+    job += (len(pieces), width, hidden, scratch)
     for (x, panel, w, _, some), (h, h_panel, _, _, _) in zip(pieces, h_pieces, strict=True):
         job += (x, panel, w, h, h_panel, some)
-    openmp.run(_TAKE_PORTIONS, job, threads_for(rows * hidden * width))
+    openmp.run(_TAKE_PORTIONS, job, threads)
     return products_of(h_pieces, rows, downs[0].shape)
 
 
@@ -85,15 +88,15 @@ def _rows(
 def _take_portions(job: Any) -> None:
     """Runs in every thread.
 
-    `job`: portions taken; threads that have begun; pieces, I, D; the address of the threads' scratch; for each piece
-    the addresses of x, its panels, the gate's weights, h and its panels; its T.
+    `job`: the shares; pieces, I, D; the address of the threads' scratch; for each piece the addresses of x, its panels,
+    the gate's weights, h and its panels; its T.
     """
-    pieces, width, hidden = job[2], job[3], job[4]
-    scratch = job[5] + fetch_add(job, 1, 1) * _SCRATCH * FLOAT
+    header, thread = after_shares(job), begin(job)
+    pieces, width, hidden = job[header], job[header + 1], job[header + 2]
+    scratch = job[header + 3] + thread * _SCRATCH * FLOAT
     per_matrix = (width + _PORTION - 1) // _PORTION
-    portion = fetch_add(job, 0, 1)
-    while portion < pieces * per_matrix:
-        piece = _HEADER + _PIECE * (portion // per_matrix)
+    for portion in take(job, pieces * per_matrix, thread):
+        piece = header + _HEADER + _PIECE * (portion // per_matrix)
         first = portion % per_matrix * _PORTION
         columns = min(_PORTION, width - first)
         gate_w = job[piece + 2] + first * hidden * FLOAT
@@ -103,7 +106,6 @@ def _take_portions(job: Any) -> None:
         _panels(done, job[piece + 1], gate_w, up_w, first, columns, width, hidden, scratch, job[piece + 4])
         x, h = job[piece] + done * hidden * FLOAT, job[piece + 3] + done * width * FLOAT
         _rows(rows - done, x, gate_w, up_w, first, columns, width, hidden, scratch, h)
-        portion = fetch_add(job, 0, 1)
 
 
 _TAKE_PORTIONS: int = _take_portions.address

@@ -17,7 +17,7 @@ from numba.extending import intrinsic
 from llama4.emitter import FLOAT32, LANES, Emitter
 
 _HERE = Path(__file__).parent
-_PARTS = ("emitter.py", "intrinsics.py", "product_tiles.py", "softmax_tiles.py", "tiles.py")
+_PARTS = ("emitter.py", "intrinsics.py", "portions.py", "product_tiles.py", "softmax_tiles.py", "tiles.py")
 
 
 def _cache_directory() -> Path | None:

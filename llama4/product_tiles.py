@@ -19,18 +19,18 @@ from llama4.intrinsics import PANEL, WIDE
 
 # Sums are made in LANES parts on every processor, BLOCK floats at a time, so that a product has the same bits on all.
 BLOCK = 1024  # of a row's floats, that stay in the nearest cache while a panel_tile goes through its lanes
-_AHEAD = 1024  # floats of a lone stream that are on their way
 _VECTOR = ir.VectorType(FLOAT32, LANES)
 
 
 @intrinsic(prefer_literal=True)
 def dot_tile(
     typing_context: Any, rows: Any, columns: Any, x: Any, x_stride: Any, w: Any, w_stride: Any, y: Any, y_stride: Any,
-    width: Any,
+    width: Any, ahead: Any, pace: Any,
 ) -> Any:  # fmt: skip
     """y[r, c] = x[r] . w[c], for literal numbers of rows and columns: their product is what the registers can hold.
 
     x[r] is at x + r * x_stride, w[c] at w + c * w_stride, `width` floats each; y[r, c] at y + r * y_stride + 4 * c.
+    Meanwhile, for each c, what lies from ahead + c * w_stride on is fetched, `pace` bytes for each cache line of w[c].
     """
     if not isinstance(rows, types.IntegerLiteral) or not isinstance(columns, types.IntegerLiteral):
         return None
@@ -38,11 +38,9 @@ def dot_tile(
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         emit = Emitter(builder)
-        x, x_stride, w, w_stride, y, y_stride, width = arguments[2:]
+        x, x_stride, w, w_stride, y, y_stride, width, ahead, pace = arguments[2:]
         xs, ws = [emit.place(x, x_stride, r) for r in tile_r], [emit.place(w, w_stride, c) for c in tile_c]
-        # Processors fetch one stream ahead by themselves, if not far enough, and several not at all.
-        next_ws = [emit.place(w, w_stride, len(ws) + c) for c in tile_c]
-        fetched = next_ws if len(ws) > 1 else [emit.address(w, emit.number(_AHEAD))]
+        fetched = [emit.place(ahead, w_stride, c) for c in tile_c]
         vectors = [[emit.variable(_VECTOR) for _ in tile_c] for _ in tile_r]
         totals = [[emit.variable(FLOAT32) for _ in tile_c] for _ in tile_r]
         whole = emit.whole_steps(width)
@@ -55,7 +53,7 @@ def dot_tile(
                 for part in (0, LANES):
                     columns_d = [emit.load(_VECTOR, at, d, part) for at in ws]
                     for at in fetched if part == 0 else ():
-                        emit.prefetch(emit.address(at, d), nearness=2)
+                        emit.prefetch(emit.place(at, pace, builder.udiv(d, emit.number(STEP))), nearness=2)
                     for r in tile_r:
                         row_d = emit.load(_VECTOR, xs[r], d, part)
                         for c in tile_c:
@@ -72,7 +70,7 @@ def dot_tile(
                 emit.store(builder.load(totals[r][c]), emit.place(y, y_stride, r), emit.number(c))
         return context.get_dummy_value()
 
-    return types.void(rows, columns, *[types.int64] * 7), generate
+    return types.void(rows, columns, *[types.int64] * 9), generate
 
 
 @intrinsic(prefer_literal=True)

@@ -4,8 +4,8 @@ BLAS libraries are made for many rows: with two to eight they read weights at ha
 and the last bits of a row's result depend on the number of rows. Here each row of a matrix is read once and multiplied
 with a few rows while it is in registers (by numba): up to four that lie where they are, or sixteen that have been
 interleaved; each product is summed in the same order either way. Several matrices, each with rows of its own, are one
-piece of work: whoever is free takes the next few rows of the next matrix, so that a busy core holds up nobody and
-threads meet once, not once for each matrix.
+piece of work, of which threads take some rows of a matrix at a time: a busy core holds up nobody, and threads meet
+once, not once for each matrix.
 
 Shapes: T rows, D width of a row, N width of a result.
 """
@@ -21,11 +21,12 @@ from torch import Tensor
 
 from llama4 import openmp
 from llama4.intrinsics import CACHE, PANEL, fetch_add
+from llama4.portions import after_shares, begin, shares, take
 from llama4.tiles import FLOAT, dots, interleave, panel_dots
 
 _PORTION = 48  # rows of a matrix that a thread takes at a time
 ROWS = 64  # that are multiplied with all of a matrix before the next ones: interleaved, they stay in the second cache
-_HEADER = 5
+_HEADER = 4
 _PIECE = 5  # numbers of rows and a matrix for them
 _SMALL = 1 << 18  # multiplications; below, a second thread costs more than it saves
 _ALIASED = 1024  # bytes: lines so far apart crowd into few sets of a cache
@@ -46,9 +47,9 @@ def row_products(x_TD: Tensor, weights_ND: Sequence[Tensor], counts: Sequence[in
     return products_of(pieces_of(x_TD, panels, weights_ND, counts), len(x_TD), weights_ND[0].shape)
 
 
-def threads_for(multiplications: int) -> int | None:
-    """How many threads are worth it; None is all."""
-    return 1 if multiplications < _SMALL else None
+def threads_for(multiplications: int) -> int:
+    """How many threads are worth it."""
+    return 1 if multiplications < _SMALL else torch.get_num_threads()
 
 
 def interleaved(x_TD: Tensor, counts: Sequence[int]) -> Tensor | None:
@@ -88,10 +89,12 @@ def products_of(pieces: Sequence[Piece], rows: int, shape: Sequence[int]) -> Ten
         room += _LINE // FLOAT  # 6% faster with 64 rows, 19% with 128
     y_TN = torch.empty((rows, room))
     y, step = y_TN.data_ptr(), room * FLOAT
-    job = [0, len(pieces), width, hidden, step]
+    threads = threads_for(rows * width * hidden)
+    job = shares(len(pieces) * -(-width // _PORTION), threads)
+    job += (len(pieces), width, hidden, step)
     for x, panel, w, first, some in pieces:
         job += (x, panel, w, y + first * step, some)
-    openmp.run(_TAKE_PORTIONS, job, threads_for(rows * width * hidden))
+    openmp.run(_TAKE_PORTIONS, job, threads)
     return y_TN if room == width else y_TN[:, :width]
 
 
@@ -109,15 +112,15 @@ def _take_panels(job: Any) -> None:
 def _take_portions(job: Any) -> None:
     """Runs in every thread.
 
-    `job`: portions taken; pieces, N, D; bytes from a row of y to the next; for each piece the addresses of x, its
-    panels, w and y; its T.
+    `job`: the shares; pieces, N, D; bytes from a row of y to the next; for each piece the addresses of x, its panels, w
+    and y; its T.
     """
-    pieces, width, hidden = job[1], job[2], job[3]
-    stride, y_stride = hidden * FLOAT, job[4]
+    header = after_shares(job)
+    pieces, width, hidden, y_stride = job[header], job[header + 1], job[header + 2], job[header + 3]
+    stride = hidden * FLOAT
     per_matrix = (width + _PORTION - 1) // _PORTION
-    portion = fetch_add(job, 0, 1)
-    while portion < pieces * per_matrix:
-        piece = _HEADER + _PIECE * (portion // per_matrix)
+    for portion in take(job, pieces * per_matrix, begin(job)):
+        piece = header + _HEADER + _PIECE * (portion // per_matrix)
         first = portion % per_matrix * _PORTION
         columns = min(_PORTION, width - first)
         w, y = job[piece + 2] + first * stride, job[piece + 3] + first * FLOAT
@@ -126,7 +129,6 @@ def _take_portions(job: Any) -> None:
         panel_dots(0, done, job[piece + 1], columns, w, stride, y, y_stride, hidden)
         x, y = job[piece] + done * stride, y + done * y_stride
         dots(rows - done, x, stride, columns, w, stride, y, y_stride, hidden)
-        portion = fetch_add(job, 0, 1)
 
 
 _TAKE_PANELS: int = _take_panels.address

@@ -9,11 +9,13 @@ from typing import Any
 
 from numba import carray, literally, njit
 
-from llama4.emitter import LANES
+from llama4.emitter import LANES, STEP
 from llama4.intrinsics import CACHE, LARGE, MEDIUM, PANEL, SMALL, floats_at
 from llama4.product_tiles import BLOCK, add_weighted, dot_tile, panel_tile
 
 FLOAT = 4  # bytes
+_LINE = STEP * FLOAT  # of a cache
+_AHEAD = 1024 * FLOAT  # of a lone stream that is on its way; processors fetch it ahead by themselves, if not far enough
 
 
 @njit(cache=CACHE)
@@ -25,30 +27,37 @@ def dots(
         for c in range(columns):
             w_c, y_c = w + c * w_stride, y + c * FLOAT
             if rows == 1:
-                dot_tile(1, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width)
+                dot_tile(1, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width, w_c + _AHEAD, _LINE)
             elif rows == 2:
-                dot_tile(2, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width)
+                dot_tile(2, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width, w_c + _AHEAD, _LINE)
             elif rows == 3:
-                dot_tile(3, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width)
+                dot_tile(3, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width, w_c + _AHEAD, _LINE)
         return
     whole = rows - rows % 4
     rest_x, rest_y = x + whole * x_stride, whole * y_stride
+    # Several streams are not fetched ahead by processors: the next three rows are, a part by each tile of these three.
+    tiles = (rows + 3) // 4
+    pace = (_LINE + tiles - 1) // tiles
+    part = width // STEP * pace
     for c in range(0, columns - 2, 3):
         w_c, y_c = w + c * w_stride, y + c * FLOAT
+        ahead = w_c + 3 * w_stride
         for r in range(0, whole, 4):
-            dot_tile(4, 3, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width)
+            dot_tile(4, 3, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width, ahead, pace)
+            ahead += part
         if rows % 4 == 3:
-            dot_tile(3, 3, rest_x, x_stride, w_c, w_stride, y_c + rest_y, y_stride, width)
+            dot_tile(3, 3, rest_x, x_stride, w_c, w_stride, y_c + rest_y, y_stride, width, ahead, pace)
         elif rows % 4 == 2:
-            dot_tile(2, 3, rest_x, x_stride, w_c, w_stride, y_c + rest_y, y_stride, width)
+            dot_tile(2, 3, rest_x, x_stride, w_c, w_stride, y_c + rest_y, y_stride, width, ahead, pace)
         elif rows % 4 == 1:
-            dot_tile(1, 3, rest_x, x_stride, w_c, w_stride, y_c + rest_y, y_stride, width)
+            dot_tile(1, 3, rest_x, x_stride, w_c, w_stride, y_c + rest_y, y_stride, width, ahead, pace)
     for c in range(columns - columns % 3, columns):
         w_c, y_c = w + c * w_stride, y + c * FLOAT
+        ahead = w_c + _AHEAD
         for r in range(0, whole, 4):
-            dot_tile(4, 1, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width)
+            dot_tile(4, 1, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width, ahead, _LINE)
         for r in range(whole, rows):
-            dot_tile(1, 1, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width)
+            dot_tile(1, 1, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width, ahead, _LINE)
 
 
 @njit(cache=CACHE)

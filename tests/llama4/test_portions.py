@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numba import cfunc, types
+
+from llama4 import openmp
+from llama4.intrinsics import fetch_add, ints_at
+from llama4.portions import after_shares, begin, shares, take
+
+pytestmark = pytest.mark.skipif(not openmp.available(), reason="torch has no OpenMP")
+
+
+@cfunc(types.void(types.CPointer(types.int64)))
+def _write_down(job: Any) -> None:
+    """`job`: the shares; portions; the address of a counter, and behind it of the portions in the order of taking."""
+    header = after_shares(job)
+    log = ints_at(job[header + 1])
+    for portion in take(job, job[header], begin(job)):
+        log[1 + fetch_add(log, 0, 1)] = portion
+
+
+def _taken(portions: int, expected: int, come: int) -> list[int]:
+    log = np.zeros(1 + portions, dtype=np.int64)
+    openmp.run(_write_down.address, [*shares(portions, expected), portions, log.ctypes.data], come)
+    assert log[0] == portions
+    return log[1:].tolist()
+
+
+@given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 4))
+def test_every_portion_is_taken_once_even_if_fewer_threads_come_than_there_are_shares(
+    portions: int, expected: int, come: int
+) -> None:
+    assert sorted(_taken(portions, expected, min(come, expected))) == list(range(portions))
+
+
+def test_a_thread_takes_its_own_share_in_order_and_then_the_others() -> None:
+    assert _taken(11, 3, 1) == list(range(11))
