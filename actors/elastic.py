@@ -57,7 +57,7 @@ class Elastic:
             ranks = self._numbers(fleet.attention, actors)
             new = await self._reserve("attention", [rank for rank in ranks if rank not in fleet.attention])
             try:
-                await asyncio.gather(*(fleet.bring_up(seat) for seat in new))
+                await fleet.bring_up_beside(dict.fromkeys(new))
                 fleet.attention |= {seat.number: seat for seat in new}
                 await fleet.join(new)
             except Exception as error:

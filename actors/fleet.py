@@ -10,7 +10,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import ray
@@ -101,10 +102,15 @@ class Fleet:
 
     # ---- actors
 
-    async def bring_up(self, seat: Seat, held: Any = None) -> None:
-        """A new actor in this seat, its weights loaded, ready to be published. Raises what keeps it from that."""
+    async def bring_up(self, seat: Seat, held: Any = None, starting: asyncio.Lock | None = None) -> None:
+        """A new actor in this seat, its weights loaded, ready to be published. Raises what keeps it from that.
+
+        `starting`: held while its process starts.
+        """
         empty(seat)
-        sit(seat, self.config)
+        async with starting or nullcontext():
+            sit(seat, self.config)
+            await seat.handle.progress.remote()  # answers when it has started
         if seat.role == "attention":
             await seat.handle.load.remote()
             await seat.handle.start.remote()
@@ -115,6 +121,14 @@ class Fleet:
             await seat.handle.serve.remote(self.secret)
         seat.note(await seat.handle.report.remote())
         await self._allow(seat)
+
+    async def bring_up_beside(self, seats: Mapping[Seat, Any]) -> None:
+        """As `bring_up`, of seats that nobody waits for and what they shall hold: their processes start one by one.
+
+        A process that starts takes a core for a second before it can give way to those that serve.
+        """
+        starting = asyncio.Lock()
+        await asyncio.gather(*(self.bring_up(seat, held, starting) for seat, held in seats.items()))
 
     async def _allow(self, seat: Seat) -> None:
         """p2p: everything that the slot has may be asked of it, as long as epochs change."""
@@ -228,7 +242,7 @@ class Fleet:
         growing = {slot for _, _, slot in changes.loads} - arriving
         if absent := growing - holders.keys():
             raise Unservable(f"slot {min(absent)} is being repaired")
-        await asyncio.gather(*(self.bring_up(seat, target.slots[seat.number]) for seat in new))
+        await self.bring_up_beside({seat: target.slots[seat.number] for seat in new})
         for slot in sorted(growing):
             seat = holders[slot]
             await seat.handle.fetch.remote(dict(target.slots[slot]), peers)
