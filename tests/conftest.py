@@ -19,7 +19,8 @@ if worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ |= {"RAY_TMPDIR": f"/tmp/ray-{worker}", "RAY_worker_niceness": "15"}
 
 _APART = {
-    f"tests/e2e/test_{name}.py" for name in ("deploy_yaml", "failover_layouts", "hosts", "standalone", "topology")
+    f"tests/e2e/test_{name}.py"
+    for name in ("deploy_yaml", "failover_layouts", "head", "hosts", "standalone", "topology")
 }
 
 # What kills and starts most actors is first, beside no other deployment: those apart are started when their worker has
