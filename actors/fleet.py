@@ -123,12 +123,19 @@ class Fleet:
         await self._allow(seat)
 
     async def bring_up_beside(self, seats: Mapping[Seat, Any]) -> None:
-        """As `bring_up`, of seats that nobody waits for and what they shall hold: their processes start one by one.
+        """As `bring_up`, of these seats with what they shall hold, while others serve: processes start one by one.
 
-        A process that starts takes a core for a second before it can give way to those that serve.
+        A process that starts takes a core for a second before it can give way. When one fails, nothing is begun any
+        more once this has raised.
         """
         starting = asyncio.Lock()
-        await asyncio.gather(*(self.bring_up(seat, held, starting) for seat, held in seats.items()))
+        tasks = [asyncio.create_task(self.bring_up(seat, held, starting)) for seat, held in seats.items()]
+        try:
+            await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _allow(self, seat: Seat) -> None:
         """p2p: everything that the slot has may be asked of it, as long as epochs change."""

@@ -26,7 +26,7 @@ from llama4.tiles import FLOAT, dots, panel_dots, place_in_panel
 _PORTION = 48  # outputs of the gate, and of up, that a thread takes at a time
 assert _PORTION % PANEL == 0
 _SCRATCH = 2 * ROWS * _PORTION  # floats of a thread
-_HEADER = 4
+_HEADER = 3
 _PIECE = 6
 
 
@@ -46,7 +46,7 @@ def gated_products(x_TD: Tensor, gate_ups: Sequence[Tensor], downs: Sequence[Ten
     pieces = pieces_of(x_TD, panels, gate_ups, counts)
     h_pieces = pieces_of(h_TI, h_panels, downs, counts)
     job = shares(len(pieces) * -(-width // _PORTION), threads)
-    job += (len(pieces), width, hidden, scratch)
+    job += (width, hidden, scratch)
     for (x, panel, w, _, some), (h, h_panel, _, _, _) in zip(pieces, h_pieces, strict=True):
         job += (x, panel, w, h, h_panel, some)
     openmp.run(_TAKE_PORTIONS, job, threads)
@@ -88,14 +88,14 @@ def _rows(
 def _take_portions(job: Any) -> None:
     """Runs in every thread.
 
-    `job`: the shares; pieces, I, D; the address of the threads' scratch; for each piece the addresses of x, its panels,
+    `job`: the shares; I, D; the address of the threads' scratch; for each piece the addresses of x, its panels,
     the gate's weights, h and its panels; its T.
     """
     header, thread = after_shares(job), begin(job)
-    pieces, width, hidden = job[header], job[header + 1], job[header + 2]
-    scratch = job[header + 3] + thread * _SCRATCH * FLOAT
+    width, hidden = job[header], job[header + 1]
+    scratch = job[header + 2] + thread * _SCRATCH * FLOAT
     per_matrix = (width + _PORTION - 1) // _PORTION
-    for portion in take(job, pieces * per_matrix, thread):
+    for portion in take(job, thread):
         piece = header + _HEADER + _PIECE * (portion // per_matrix)
         first = portion % per_matrix * _PORTION
         columns = min(_PORTION, width - first)

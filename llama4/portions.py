@@ -14,12 +14,12 @@ from numba import njit
 
 from llama4.intrinsics import CACHE, fetch_add
 
-_HEADER = 2
+_HEADER = 3
 
 
 def shares(portions: int, threads: int) -> list[int]:
-    """What `take` needs to know, for the beginning of a job: threads that have begun, threads, each share's next."""
-    return [0, threads, *(portions * thread // threads for thread in range(threads))]
+    """The beginning of a job: threads that have begun, threads, portions; the next portion of each thread's share."""
+    return [0, threads, portions, *(portions * thread // threads for thread in range(threads))]
 
 
 @njit(cache=CACHE)
@@ -35,9 +35,9 @@ def begin(job: Any) -> Any:
 
 
 @njit  # not kept by itself: numba cannot use a generator that comes from its cache (0.68: KeyError)
-def take(job: Any, portions: Any, thread: Any) -> Iterator[Any]:
-    """The numbers of the portions that this thread has to do, out of so many; no other thread gets them."""
-    threads = job[1]
+def take(job: Any, thread: Any) -> Iterator[Any]:
+    """The numbers of the portions that this thread has to do; no other thread gets them."""
+    threads, portions = job[1], job[2]
     for turn in range(threads):
         share = (thread + turn) % threads
         stop = portions * (share + 1) // threads

@@ -26,7 +26,7 @@ from llama4.tiles import FLOAT, dots, interleave, panel_dots
 
 _PORTION = 48  # rows of a matrix that a thread takes at a time
 ROWS = 64  # that are multiplied with all of a matrix before the next ones: interleaved, they stay in the second cache
-_HEADER = 4
+_HEADER = 3
 _PIECE = 5  # numbers of rows and a matrix for them
 _SMALL = 1 << 18  # multiplications; below, a second thread costs more than it saves
 _ALIASED = 1024  # bytes: lines so far apart crowd into few sets of a cache
@@ -91,7 +91,7 @@ def products_of(pieces: Sequence[Piece], rows: int, shape: Sequence[int]) -> Ten
     y, step = y_TN.data_ptr(), room * FLOAT
     threads = threads_for(rows * width * hidden)
     job = shares(len(pieces) * -(-width // _PORTION), threads)
-    job += (len(pieces), width, hidden, step)
+    job += (width, hidden, step)
     for x, panel, w, first, some in pieces:
         job += (x, panel, w, y + first * step, some)
     openmp.run(_TAKE_PORTIONS, job, threads)
@@ -112,14 +112,14 @@ def _take_panels(job: Any) -> None:
 def _take_portions(job: Any) -> None:
     """Runs in every thread.
 
-    `job`: the shares; pieces, N, D; bytes from a row of y to the next; for each piece the addresses of x, its panels, w
+    `job`: the shares; N, D; bytes from a row of y to the next; for each piece the addresses of x, its panels, w
     and y; its T.
     """
     header = after_shares(job)
-    pieces, width, hidden, y_stride = job[header], job[header + 1], job[header + 2], job[header + 3]
+    width, hidden, y_stride = job[header], job[header + 1], job[header + 2]
     stride = hidden * FLOAT
     per_matrix = (width + _PORTION - 1) // _PORTION
-    for portion in take(job, pieces * per_matrix, begin(job)):
+    for portion in take(job, begin(job)):
         piece = header + _HEADER + _PIECE * (portion // per_matrix)
         first = portion % per_matrix * _PORTION
         columns = min(_PORTION, width - first)

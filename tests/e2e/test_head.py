@@ -14,7 +14,7 @@ import ray
 from actors.deployment import Deployment
 from tests.e2e.conftest import running
 from tests.e2e.harm import Control, disturbed, harm_to, undisturbed
-from tests.e2e.streams import run_streams
+from tests.e2e.streams import Stream, run_streams
 
 pytestmark = pytest.mark.cluster
 
@@ -48,42 +48,54 @@ class Gcs:
             self._successor.wait()
 
 
+def _is_half_done(stream: Stream | None) -> bool:
+    return stream is not None and len(stream.tokens) >= TOKENS // 2
+
+
 @pytest.fixture
-def deployment(tmp_path, monkeypatch) -> Iterator[Deployment]:
+def deployment(tmp_path, monkeypatch) -> Iterator[tuple[Deployment, Gcs]]:
     monkeypatch.setenv("RAY_gcs_storage", "rocksdb")
     monkeypatch.setenv("RAY_gcs_storage_path", str(tmp_path))
-    with running("attention.actors=1", "experts.actors=2", "experts.replicas=2") as found:
-        yield found
+    gcs: Gcs | None = None
+    try:
+        with running("attention.actors=1", "experts.actors=2", "experts.replicas=2") as found:
+            gcs = Gcs()
+            yield found, gcs
+    finally:
+        if gcs is not None:
+            gcs.end()
 
 
 def test_the_gcs_is_killed_and_comes_back(deployment):
-    address = deployment.grpc_address
-    control, gcs = Control(address), Gcs()
+    found, gcs = deployment
+    address = found.grpc_address
+    control = Control(address)
     expected = undisturbed(address, range(NEWCOMERS.stop), TOKENS)
 
     async def die_and_rise() -> float:
         gcs.die()
         at = time.monotonic()
-        newcomers = asyncio.create_task(run_streams(address, NEWCOMERS, TOKENS))
-        # However slow this machine is: Ray's processes end themselves where there is none for a minute.
-        await asyncio.sleep(AWAY_S)
-        gcs.rise()
-        found = await newcomers
-        assert {n: (found[n].tokens, found[n].error) for n in NEWCOMERS} == {n: (expected[n], "") for n in NEWCOMERS}
+        newcomers = asyncio.create_task(run_streams(address, NEWCOMERS, TOKENS, late))
+        try:
+            # However slow this machine is, not longer: Ray's processes end themselves where there is none for a minute.
+            while time.monotonic() < at + AWAY_S and not all(_is_half_done(late.get(n)) for n in NEWCOMERS):
+                await asyncio.sleep(0.02)
+        finally:
+            gcs.rise()
+        risen.append(time.monotonic())
+        await newcomers
         return at
 
-    def harm() -> float:
-        return asyncio.run(die_and_rise())
-
-    try:
-        before = control.actors()
-        gap_s, _ = disturbed(address, harm, {number: expected[number] for number in STREAMS})
-        assert gap_s < 2
-        control.until_whole()
-        assert {name: actor.pid for name, actor in control.actors().items()} == {n: a.pid for n, a in before.items()}
-        # It knows its actors again: one that dies is replaced.
-        disturbed(address, harm_to(control, "expert-1"), {number: expected[number] for number in STREAMS})
-        control.until_whole({"expert-1": before["expert-1"].pid})
-        deployment.stop()
-    finally:
-        gcs.end()
+    late: dict[int, Stream] = {}
+    risen: list[float] = []
+    before = control.actors()
+    running_on = {number: expected[number] for number in STREAMS}
+    gap_s, _ = disturbed(address, lambda: asyncio.run(die_and_rise()), running_on)
+    assert gap_s < 2
+    assert {n: (late[n].tokens, late[n].error) for n in NEWCOMERS} == {n: (expected[n], "") for n in NEWCOMERS}
+    assert max(stream.times[-1] for stream in late.values()) > risen[0]
+    control.until_whole()
+    assert {name: actor.pid for name, actor in control.actors().items()} == {n: a.pid for n, a in before.items()}
+    # It knows its actors again: one that dies is replaced.
+    disturbed(address, harm_to(control, "expert-1"), running_on)
+    control.until_whole({"expert-1": before["expert-1"].pid})

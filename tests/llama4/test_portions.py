@@ -17,16 +17,21 @@ pytestmark = pytest.mark.skipif(not openmp.available(), reason="torch has no Ope
 
 @cfunc(types.void(types.CPointer(types.int64)))
 def _write_down(job: Any) -> None:
-    """`job`: the shares; portions; the address of a counter, and behind it of the portions in the order of taking."""
+    """`job`: the shares; room for portions; the address of a counter, and behind it of the portions in their order."""
     header = after_shares(job)
-    log = ints_at(job[header + 1])
-    for portion in take(job, job[header], begin(job)):
-        log[1 + fetch_add(log, 0, 1)] = portion
+    room, log = job[header], ints_at(job[header + 1])
+    for portion in take(job, begin(job)):
+        place = fetch_add(log, 0, 1)
+        if place < room:
+            log[1 + place] = portion
 
 
-def _taken(portions: int, expected: int, come: int) -> list[int]:
+def _taken(portions: int, expected: int, come: int, begun: int = 0) -> list[int]:
+    """What `come` threads take, with shares for `expected`, if `begun` have begun before."""
     log = np.zeros(1 + portions, dtype=np.int64)
-    openmp.run(_write_down.address, [*shares(portions, expected), portions, log.ctypes.data], come)
+    job = [*shares(portions, expected), portions, log.ctypes.data]
+    job[0] = begun
+    openmp.run(_write_down.address, job, come)
     assert log[0] == portions
     return log[1:].tolist()
 
@@ -39,4 +44,4 @@ def test_every_portion_is_taken_once_even_if_fewer_threads_come_than_there_are_s
 
 
 def test_a_thread_takes_its_own_share_in_order_and_then_the_others() -> None:
-    assert _taken(11, 3, 1) == list(range(11))
+    assert _taken(11, 3, come=1, begun=1) == [3, 4, 5, 6, 7, 8, 9, 10, 0, 1, 2]
