@@ -91,6 +91,7 @@ class EngineParts:
         groups = layer_groups(self._config, self._text_config)
         pages = {kind: group.pages for kind, group in groups.items()}
         kv = KVPages(self._text_config, config.page_size, pages, self._dtype, self._member.device)
+        kv.take_memory()
         scheduler = Scheduler(
             Limits(config.max_batch_tokens, config.max_running, config.max_waiting),
             PageAllocator(groups, config.page_size),

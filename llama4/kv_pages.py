@@ -108,6 +108,11 @@ class KVPages:
         """The size of all pools."""
         return sum(pool.nbytes for pool in self._pools)
 
+    def take_memory(self) -> None:
+        """Makes the system give all of it now, so that a lack of it shows at the start and not under load."""
+        for pool in self._pools:
+            pool.zero_()
+
     def pool(self, layer: int) -> Tensor:
         """A layer's pages [pages of its kind, page_size, 2, Hkv, Dh]."""
         return self._pools[layer]
