@@ -56,14 +56,16 @@ class EngineParts:
         info = ModelInfo.from_dir(config.model.path, config.model.served_name, self._max_context)
         self.grammars = Grammars(config.model.path, info.vocab_size, info.eos_token_ids)
         self._images = ImageSpec.from_dir(config.model.path)
+        self._groups = layer_groups(config, self._text_config)
         self._decoder: Decoder | None = None
+        self._kv: KVPages | None = None
         self._p2p: P2PDispatcher | None = None
         self._gate: P2PGate | CollectiveGate | None = None
         self._engine: Engine | None = None
         self.timed: TimedDispatcher | None = None
 
     def load(self) -> None:
-        """Reads everything but the routed experts; raises CheckpointError."""
+        """Reads everything but the routed experts, and takes the memory for KV; raises CheckpointError."""
         self._decoder = load_decoder(
             Checkpoint(self._config.model.path),
             self._text_config,
@@ -71,30 +73,32 @@ class EngineParts:
             device=self._member.device,
             on_progress=self._member.on_progress,
         )
+        pages = {kind: group.pages for kind, group in self._groups.items()}
+        page_size = self._config.engine.page_size
+        self._kv = KVPages(self._text_config, page_size, pages, self._dtype, self._member.device)
+        self._kv.take_memory()  # here, since OpenMP keeps threads for whichever thread has computed, and this one ends
 
     def assemble(self, outbox: Outbox) -> Engine:
         """The engine, whose outputs go to `outbox`."""
-        assert self._decoder is not None, "load comes first"
+        assert self._decoder is not None and self._kv is not None, "load comes first"
         member = self._member
         if self._config.transport_kind == "p2p":
             deadline_s = self._config.transport.deadline_s
             self._p2p = P2PDispatcher(member.number, deadline_s, member.tell_slot_lost)
             self._gate = gate = P2PGate(self._p2p, self._text_config.hidden_size, self._dtype)
-            self._engine = self._make_engine(self._decoder, self._p2p, gate, outbox)
+            self._engine = self._make_engine(self._decoder, self._kv, self._p2p, gate, outbox)
         else:
             collective = self._gate = CollectiveGate(member.form_group, member.tell_group_broken)
-            self._engine = self._make_engine(self._decoder, collective, collective, outbox)
+            self._engine = self._make_engine(self._decoder, self._kv, collective, collective, outbox)
         return self._engine
 
-    def _make_engine(self, decoder: Decoder, dispatcher: Dispatcher, gate: StepGate, outbox: Outbox) -> Engine:
+    def _make_engine(
+        self, decoder: Decoder, kv: KVPages, dispatcher: Dispatcher, gate: StepGate, outbox: Outbox
+    ) -> Engine:
         config = self._config.engine
-        groups = layer_groups(self._config, self._text_config)
-        pages = {kind: group.pages for kind, group in groups.items()}
-        kv = KVPages(self._text_config, config.page_size, pages, self._dtype, self._member.device)
-        kv.take_memory()
         scheduler = Scheduler(
             Limits(config.max_batch_tokens, config.max_running, config.max_waiting),
-            PageAllocator(groups, config.page_size),
+            PageAllocator(self._groups, config.page_size),
             clock=time.time,
         )
         self.timed = timed = TimedDispatcher(dispatcher)

@@ -94,8 +94,7 @@ class LocalEngine:
             for kind in set(config.layer_kinds)
         }
         kv = KVPages(config, shape.page_size, dict.fromkeys(groups, pages), torch.float32, "cpu")
-        for layer in range(config.num_hidden_layers):  # an engine that has served for a while has used every page
-            apart(kv.pool(layer).zero_)
+        apart(kv.take_memory)  # as an attention actor does
         scheduler = Scheduler(
             Limits(shape.max_batch_tokens, shape.max_running, 10_000),
             PageAllocator(groups, shape.page_size),

@@ -22,7 +22,7 @@ from torch import Tensor
 from llama4 import openmp
 from llama4.intrinsics import CACHE, PANEL, fetch_add
 from llama4.portions import after_shares, begin, shares, take
-from llama4.tiles import FLOAT, dots, interleave, panel_dots
+from llama4.tiles import FLOAT, LINE, dots, interleave, panel_dots
 
 _PORTION = 48  # rows of a matrix that a thread takes at a time
 ROWS = 64  # that are multiplied with all of a matrix before the next ones: interleaved, they stay in the second cache
@@ -30,7 +30,6 @@ _HEADER = 3
 _PIECE = 5  # numbers of rows and a matrix for them
 _SMALL = 1 << 18  # multiplications; below, a second thread costs more than it saves
 _ALIASED = 1024  # bytes: lines so far apart crowd into few sets of a cache
-_LINE = 64
 
 # Up to ROWS rows for one matrix: the addresses of the rows, their panels and the matrix; the first row; how many.
 Piece: TypeAlias = tuple[int, int, int, int, int]
@@ -86,7 +85,7 @@ def products_of(pieces: Sequence[Piece], rows: int, shape: Sequence[int]) -> Ten
     width, hidden = shape
     room = width
     if width * FLOAT % _ALIASED == 0 and any(piece[-1] >= 2 * PANEL for piece in pieces):
-        room += _LINE // FLOAT  # 6% faster with 64 rows, 19% with 128
+        room += LINE // FLOAT  # 6% faster with 64 rows, 19% with 128
     y_TN = torch.empty((rows, room))
     y, step = y_TN.data_ptr(), room * FLOAT
     threads = threads_for(rows * width * hidden)

@@ -14,7 +14,7 @@ from llama4.intrinsics import CACHE, LARGE, MEDIUM, PANEL, SMALL, floats_at
 from llama4.product_tiles import BLOCK, add_weighted, dot_tile, panel_tile
 
 FLOAT = 4  # bytes
-_LINE = STEP * FLOAT  # of a cache
+LINE = STEP * FLOAT  # of a cache
 _AHEAD = 1024 * FLOAT  # of a lone stream that is on its way; processors fetch it ahead by themselves, if not far enough
 
 
@@ -27,17 +27,17 @@ def dots(
         for c in range(columns):
             w_c, y_c = w + c * w_stride, y + c * FLOAT
             if rows == 1:
-                dot_tile(1, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width, w_c + _AHEAD, _LINE)
+                dot_tile(1, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width, w_c + _AHEAD, LINE)
             elif rows == 2:
-                dot_tile(2, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width, w_c + _AHEAD, _LINE)
+                dot_tile(2, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width, w_c + _AHEAD, LINE)
             elif rows == 3:
-                dot_tile(3, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width, w_c + _AHEAD, _LINE)
+                dot_tile(3, 1, x, x_stride, w_c, w_stride, y_c, y_stride, width, w_c + _AHEAD, LINE)
         return
     whole = rows - rows % 4
     rest_x, rest_y = x + whole * x_stride, whole * y_stride
     # Several streams are not fetched ahead by processors: the next three rows are, a part by each tile of these three.
     tiles = (rows + 3) // 4
-    pace = (_LINE + tiles - 1) // tiles
+    pace = (LINE + tiles - 1) // tiles
     part = width // STEP * pace
     for c in range(0, columns - 2, 3):
         w_c, y_c = w + c * w_stride, y + c * FLOAT
@@ -55,9 +55,9 @@ def dots(
         w_c, y_c = w + c * w_stride, y + c * FLOAT
         ahead = w_c + _AHEAD
         for r in range(0, whole, 4):
-            dot_tile(4, 1, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width, ahead, _LINE)
+            dot_tile(4, 1, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width, ahead, LINE)
         for r in range(whole, rows):
-            dot_tile(1, 1, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width, ahead, _LINE)
+            dot_tile(1, 1, x + r * x_stride, x_stride, w_c, w_stride, y_c + r * y_stride, y_stride, width, ahead, LINE)
 
 
 @njit(cache=CACHE)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -41,9 +42,12 @@ def bring_up(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def run(fails_at: tuple[str, int] = ("", 0)) -> list[tuple[str, int]]:
         log: list[tuple[str, int]] = []
+
+        def sit(seat: Seat, config: DeploymentConfig) -> None:
+            seat.actor = cast(Any, Process(log, seat.number, fails_at))
+
         monkeypatch.setattr(fleet, "empty", lambda seat: None)
-        create = lambda seat, config: setattr(seat, "actor", Process(log, seat.number, fails_at))  # noqa: E731
-        monkeypatch.setattr(fleet, "sit", create)
+        monkeypatch.setattr(fleet, "sit", sit)
         monkeypatch.setattr(Seat, "note", lambda seat, report: None)
         config = cast(DeploymentConfig, SimpleNamespace(transport_kind="p2p"))
         seats = [Seat("expert", slot, cast(Any, None), 0) for slot in range(3)]
@@ -55,10 +59,7 @@ def bring_up(monkeypatch: pytest.MonkeyPatch) -> Any:
                 log.append(("over", 0))
                 await asyncio.sleep(0.3)
 
-        if fails_at[0]:
-            with pytest.raises(OSError, match=fails_at[0]):
-                asyncio.run(and_a_while())
-        else:
+        with pytest.raises(OSError, match=fails_at[0]) if fails_at[0] else nullcontext():
             asyncio.run(and_a_while())
         return log
 
