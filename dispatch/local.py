@@ -45,7 +45,7 @@ class LocalDispatcher:
 
     def _compute(self, x_TD: Tensor, expert_ids_TK: Tensor, layer: int) -> Tensor:
         if expert_ids_TK.numel() == 1:  # nothing to sort; sorting takes longer than all else here
-            return self._experts(layer, x_TD, expert_ids_TK[0].tolist(), (1,))[:, None]
+            return self._experts(layer, x_TD, expert_ids_TK.tolist()[0], (1,))[:, None]
         way = route(expert_ids_TK, self._table)
         y_ND = way.permute(x_TD)
         if y_ND.shape[0]:

@@ -9,6 +9,7 @@ Shapes: T rows, D model width, I an MLP's width.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,17 +18,26 @@ from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from llama4 import openmp
-from llama4.intrinsics import CACHE, PANEL, floats_at
-from llama4.portions import after_shares, begin, shares, take
+from llama4.intrinsics import CACHE, PANEL, floats_at, ints_at
+from llama4.portions import after_shares, begin, take
 from llama4.product_tiles import gate_tile
-from llama4.row_products import ROWS, interleaved, pieces_of, products_of, threads_for
-from llama4.tiles import FLOAT, dots, panel_dots, place_in_panel
+from llama4.row_products import (
+    HEADER,
+    PIECE,
+    PORTION,
+    ROWS,
+    TAKE_PANELS,
+    TAKE_PORTIONS,
+    interleave_rows,
+    products,
+    room_for,
+    rows_in_panels,
+    threads_for,
+)
+from llama4.tiles import FLOAT, INT, dots, panel_dots, place_in_panel
 
-_PORTION = 48  # outputs of the gate, and of up, that a thread takes at a time
-assert _PORTION % PANEL == 0
-_SCRATCH = 2 * ROWS * _PORTION  # floats of a thread
-_HEADER = 3
-_PIECE = 6
+assert PORTION % PANEL == 0  # outputs of the gate, and of up, that a thread takes at a time
+_SCRATCH = 2 * ROWS * PORTION  # floats of a thread
 
 
 def gated_products(x_TD: Tensor, gate_ups: Sequence[Tensor], downs: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
@@ -37,20 +47,45 @@ def gated_products(x_TD: Tensor, gate_ups: Sequence[Tensor], downs: Sequence[Ten
     rows of the result may have space between them.
     """
     x_TD = x_TD.contiguous()
-    (rows, hidden), width = x_TD.shape, downs[0].shape[1]
-    panels = interleaved(x_TD, counts)
-    h_panels = None if panels is None else torch.empty((len(panels), width, PANEL))
-    threads = threads_for(rows * hidden * width)
-    inner = torch.empty(rows * width + threads * _SCRATCH)
-    h_TI, scratch = inner[: rows * width].view(rows, width), inner.data_ptr() + rows * width * FLOAT
-    pieces = pieces_of(x_TD, panels, gate_ups, counts)
-    h_pieces = pieces_of(h_TI, h_panels, downs, counts)
-    job = shares(len(pieces) * -(-width // _PORTION), threads)
-    job += (width, hidden, scratch)
-    for (x, panel, w, _, some), (h, h_panel, _, _, _) in zip(pieces, h_pieces, strict=True):
-        job += (x, panel, w, h, h_panel, some)
-    openmp.run(_TAKE_PORTIONS, job, threads)
-    return products_of(h_pieces, rows, downs[0].shape)
+    rows, hidden = x_TD.shape
+    (outputs, width), threads = downs[0].shape, torch.get_num_threads()
+    y_TD = room_for(rows, outputs, counts)
+    inner = torch.empty(rows_in_panels(counts) * (hidden + width) + rows * width + threads * _SCRATCH)
+    numbers = array("q", counts)
+    numbers.extend([w.data_ptr() for w in gate_ups])
+    numbers.extend([w.data_ptr() for w in downs])
+    _multiply(
+        openmp.address(), TAKE_PANELS, _TAKE_PORTIONS, TAKE_PORTIONS, threads, rows, len(counts),
+        numbers.buffer_info()[0], x_TD.data_ptr(), inner.data_ptr(), hidden, width, outputs,
+        y_TD.data_ptr(), y_TD.stride(0) * FLOAT,
+    )  # fmt: skip
+    return y_TD
+
+
+@njit(types.void(*[types.int64] * 15), nogil=True, cache=CACHE)
+def _multiply(
+    parallel: Any, take_panels: Any, take_gated: Any, take_portions: Any, most: Any, rows: Any, matrices: Any,
+    numbers: Any, x: Any, inner: Any, hidden: Any, width: Any, outputs: Any, y: Any, y_stride: Any,
+) -> None:  # fmt: skip
+    """`inner`: room for the panels of x, those of h, h and the threads' scratch, one after the other."""
+    counts = ints_at(numbers)
+    gate_ups, downs = ints_at(numbers + matrices * INT), ints_at(numbers + 2 * matrices * INT)
+    in_panels = 0
+    for matrix in range(matrices):
+        in_panels += counts[matrix] // PANEL * PANEL
+    h_panels = inner + in_panels * hidden * FLOAT
+    h = h_panels + in_panels * width * FLOAT
+    scratch = h + rows * width * FLOAT
+    interleave_rows(parallel, take_panels, most, x, inner, counts, matrices, hidden)
+    threads = threads_for(rows * width * hidden, most)
+    products(
+        parallel, take_gated, threads, x, inner, counts, gate_ups, matrices, hidden, width, h, width * FLOAT, h_panels,
+        scratch,
+    )  # fmt: skip
+    threads = threads_for(rows * outputs * width, most)
+    products(
+        parallel, take_portions, threads, h, h_panels, counts, downs, matrices, width, outputs, y, y_stride, 0, y_stride
+    )
 
 
 @njit(cache=CACHE)
@@ -58,11 +93,11 @@ def _panels(
     rows: Any, panels: Any, gate_w: Any, up_w: Any, first: Any, columns: Any, width: Any, hidden: Any, gate: Any, h: Any
 ) -> None:  # fmt: skip
     stride, up = hidden * FLOAT, gate + _SCRATCH // 2 * FLOAT
-    panel_dots(1, rows, panels, columns, gate_w, stride, gate, _PORTION * PANEL * FLOAT, hidden)
-    panel_dots(1, rows, panels, columns, up_w, stride, up, _PORTION * PANEL * FLOAT, hidden)
+    panel_dots(1, rows, panels, columns, gate_w, stride, gate, PORTION * PANEL * FLOAT, hidden)
+    panel_dots(1, rows, panels, columns, up_w, stride, up, PORTION * PANEL * FLOAT, hidden)
     for panel in range(rows // PANEL):
         for c in range(columns):
-            at = (panel * _PORTION + c) * PANEL * FLOAT
+            at = (panel * PORTION + c) * PANEL * FLOAT
             place = panel * width + place_in_panel(first + c, width)
             gate_tile(gate + at, up + at, h + place * PANEL * FLOAT)
 
@@ -72,10 +107,10 @@ def _rows(
     rows: Any, x: Any, gate_w: Any, up_w: Any, first: Any, columns: Any, width: Any, hidden: Any, gate: Any, h: Any
 ) -> None:  # fmt: skip
     stride, up = hidden * FLOAT, gate + _SCRATCH // 2 * FLOAT
-    dots(rows, x, stride, columns, gate_w, stride, gate, _PORTION * FLOAT, hidden)
-    dots(rows, x, stride, columns, up_w, stride, up, _PORTION * FLOAT, hidden)
+    dots(rows, x, stride, columns, gate_w, stride, gate, PORTION * FLOAT, hidden)
+    dots(rows, x, stride, columns, up_w, stride, up, PORTION * FLOAT, hidden)
     for row in range(rows):
-        at = row * _PORTION * FLOAT
+        at = row * PORTION * FLOAT
         for c in range(0, columns, PANEL):
             gate_tile(gate + at + c * FLOAT, up + at + c * FLOAT, gate + at + c * FLOAT)
         from_C = carray(floats_at(gate + at), (columns,))
@@ -86,19 +121,15 @@ def _rows(
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=CACHE)
 def _take_portions(job: Any) -> None:
-    """Runs in every thread.
-
-    `job`: the shares; I, D; the address of the threads' scratch; for each piece the addresses of x, its panels,
-    the gate's weights, h and its panels; its T.
-    """
+    """Runs in every thread. `job`: see `products`; its `last` is the address of the threads' scratch."""
     header, thread = after_shares(job), begin(job)
     width, hidden = job[header], job[header + 1]
     scratch = job[header + 2] + thread * _SCRATCH * FLOAT
-    per_matrix = (width + _PORTION - 1) // _PORTION
+    per_matrix = (width + PORTION - 1) // PORTION
     for portion in take(job, thread):
-        piece = header + _HEADER + _PIECE * (portion // per_matrix)
-        first = portion % per_matrix * _PORTION
-        columns = min(_PORTION, width - first)
+        piece = header + HEADER + PIECE * (portion // per_matrix)
+        first = portion % per_matrix * PORTION
+        columns = min(PORTION, width - first)
         gate_w = job[piece + 2] + first * hidden * FLOAT
         up_w = gate_w + width * hidden * FLOAT
         rows = job[piece + 5]

@@ -17,7 +17,15 @@ from numba.extending import intrinsic
 from llama4.emitter import FLOAT32, LANES, Emitter
 
 _HERE = Path(__file__).parent
-_PARTS = ("emitter.py", "intrinsics.py", "portions.py", "product_tiles.py", "softmax_tiles.py", "tiles.py")
+_PARTS = (
+    "emitter.py",
+    "intrinsics.py",
+    "portions.py",
+    "product_tiles.py",
+    "row_products.py",
+    "softmax_tiles.py",
+    "tiles.py",
+)
 
 
 def _cache_directory() -> Path | None:
@@ -65,6 +73,21 @@ def floats_at(typing_context: Any, address: Any) -> Any:
 def ints_at(typing_context: Any, address: Any) -> Any:
     """The address as a pointer to int64."""
     return types.CPointer(types.int64)(types.int64), _cast
+
+
+@intrinsic
+def run_parallel(typing_context: Any, parallel: Any, function: Any, job: Any, threads: Any) -> Any:
+    """What `openmp.run` does, in compiled code; `parallel` is `openmp.address()`."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), (pointer, pointer, number, number))
+        call = builder.inttoptr(arguments[0], kind.as_pointer())
+        taken, shared = (builder.inttoptr(argument, pointer) for argument in arguments[1:3])
+        builder.call(call, (taken, shared, builder.trunc(arguments[3], number), number(0)))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, types.int64), generate
 
 
 @intrinsic

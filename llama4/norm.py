@@ -13,7 +13,7 @@ from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from llama4 import openmp
-from llama4.intrinsics import CACHE, fetch_add, float_of_bits, floats_at
+from llama4.intrinsics import CACHE, fetch_add, float_of_bits, floats_at, ints_at, run_parallel
 from llama4.tiles import FLOAT
 
 _PORTION = 16  # rows that a thread takes at a time
@@ -63,9 +63,10 @@ def _inverse_rms(x: Tensor, eps: Epsilon) -> Tensor:
 def _normalise(x: Tensor, y: Tensor, parts: int, eps: Epsilon, weight_D: Tensor | None) -> None:
     rows, width = x.shape[0], x.shape[-1]
     weight = 0 if weight_D is None else weight_D.data_ptr()
-    strides = (x.stride(0) * FLOAT, y.stride(0) * FLOAT)
-    job = (0, rows, parts, width, x.data_ptr(), y.data_ptr(), *strides, weight, eps.bits)
-    openmp.run(_TAKE_ROWS, job, 1 if rows * parts * width < _SMALL else None)
+    _normalise_all(
+        openmp.address(), _TAKE_ROWS, torch.get_num_threads(), rows, parts, width, x.data_ptr(), y.data_ptr(),
+        x.stride(0) * FLOAT, y.stride(0) * FLOAT, weight, eps.bits,
+    )  # fmt: skip
 
 
 @njit(fastmath=True, cache=CACHE)
@@ -84,9 +85,12 @@ def _normalise_part(x: Any, y: Any, weight: Any, width: Any, eps: Any) -> None:
             y_D[d] = x_D[d] * inverse
 
 
-@cfunc(types.void(types.CPointer(types.int64)), cache=CACHE)
-def _take_rows(job: Any) -> None:
-    """Runs in every thread. `job`: portions taken; T, G, D; addresses of x and y; their rows' strides; weight; eps."""
+@njit(cache=CACHE)
+def _normalise_rows(job: Any) -> None:
+    """Some rows, again and again, until all are taken.
+
+    `job`: portions taken; T, G, D; addresses of x and y; their rows' strides; weight; eps.
+    """
     rows, parts, width, weight, eps = job[1], job[2], job[3], job[8], float_of_bits(np.int32(job[9]))
     first = _PORTION * fetch_add(job, 0, 1)
     while first < rows:
@@ -96,6 +100,27 @@ def _take_rows(job: Any) -> None:
                 at = part * width * FLOAT
                 _normalise_part(x + at, y + at, weight, width, eps)
         first = _PORTION * fetch_add(job, 0, 1)
+
+
+@cfunc(types.void(types.CPointer(types.int64)), cache=CACHE)
+def _take_rows(job: Any) -> None:
+    """Runs in every thread."""
+    _normalise_rows(job)
+
+
+@njit(types.void(*[types.int64] * 12), nogil=True, cache=CACHE)
+def _normalise_all(
+    parallel: Any, take_rows: Any, threads: Any, rows: Any, parts: Any, width: Any, x: Any, y: Any, x_stride: Any,
+    y_stride: Any, weight: Any, eps: Any,
+) -> None:  # fmt: skip
+    job = np.empty(10, np.int64)
+    job[:4] = 0, rows, parts, width
+    job[4:] = x, y, x_stride, y_stride, weight, eps
+    if rows * parts * width < _SMALL:
+        _normalise_rows(ints_at(job.ctypes.data))
+    else:
+        run_parallel(parallel, take_rows, job.ctypes.data, threads)
+    job[0] = 0  # it lives until here
 
 
 _TAKE_ROWS: int = _take_rows.address

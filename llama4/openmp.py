@@ -48,6 +48,12 @@ def run(function: int, job: Sequence[int], threads: int | None = None) -> None:
     parallel(function, shared.buffer_info()[0], threads or torch.get_num_threads(), 0)
 
 
+@functools.cache
+def address() -> int:
+    """Of the function by which `run` runs others, for compiled code that does so itself; see available."""
+    return ctypes.cast(cast(Any, _parallel()), ctypes.c_void_p).value or 0
+
+
 def bind_threads(first: int) -> None:
     """Binds this thread, and those that it computes with, to a CPU each, in turn from this one's place on.
 

@@ -17,15 +17,28 @@ from llama4.intrinsics import CACHE, fetch_add
 _HEADER = 3
 
 
-def shares(portions: int, threads: int) -> list[int]:
-    """The beginning of a job: threads that have begun, threads, portions; the next portion of each thread's share."""
-    return [0, threads, portions, *(portions * thread // threads for thread in range(threads))]
+@njit(cache=CACHE)
+def room_for_shares(threads: Any) -> Any:
+    """Numbers of a job that `share_out` needs."""
+    return _HEADER + threads
+
+
+@njit(cache=CACHE)
+def share_out(job: Any, portions: Any, threads: Any) -> Any:
+    """Begins a job: threads that have begun, threads, portions; the next portion of each thread's share.
+
+    Returns where it goes on.
+    """
+    job[0], job[1], job[2] = 0, threads, portions
+    for thread in range(threads):
+        job[_HEADER + thread] = portions * thread // threads
+    return room_for_shares(threads)
 
 
 @njit(cache=CACHE)
 def after_shares(job: Any) -> Any:
-    """Where the job goes on after its `shares`."""
-    return _HEADER + job[1]
+    """Where a job goes on that `share_out` has begun."""
+    return room_for_shares(job[1])
 
 
 @njit(cache=CACHE)

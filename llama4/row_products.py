@@ -5,34 +5,34 @@ and the last bits of a row's result depend on the number of rows. Here each row 
 with a few rows while it is in registers (by numba): up to four that lie where they are, or sixteen that have been
 interleaved; each product is summed in the same order either way. Several matrices, each with rows of its own, are one
 piece of work, of which threads take some rows of a matrix at a time: a busy core holds up nobody, and threads meet
-once, not once for each matrix.
+once, not once for each matrix. The work is laid out in compiled code too: reading weights empties the caches of
+everything else, and Python that comes between takes four times as long as in a loop.
 
 Shapes: T rows, D width of a row, N width of a result.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
+import numpy as np
 import torch
-from numba import cfunc, types
+from numba import cfunc, njit, types
 from torch import Tensor
 
 from llama4 import openmp
-from llama4.intrinsics import CACHE, PANEL, fetch_add
-from llama4.portions import after_shares, begin, shares, take
-from llama4.tiles import FLOAT, LINE, dots, interleave, panel_dots
+from llama4.intrinsics import CACHE, PANEL, fetch_add, ints_at, run_parallel
+from llama4.portions import after_shares, begin, room_for_shares, share_out, take
+from llama4.tiles import FLOAT, INT, LINE, dots, interleave, panel_dots
 
-_PORTION = 48  # rows of a matrix that a thread takes at a time
+PORTION = 48  # rows of a matrix that a thread takes at a time
 ROWS = 64  # that are multiplied with all of a matrix before the next ones: interleaved, they stay in the second cache
-_HEADER = 3
-_PIECE = 5  # numbers of rows and a matrix for them
 _SMALL = 1 << 18  # multiplications; below, a second thread costs more than it saves
 _ALIASED = 1024  # bytes: lines so far apart crowd into few sets of a cache
-
-# Up to ROWS rows for one matrix: the addresses of the rows, their panels and the matrix; the first row; how many.
-Piece: TypeAlias = tuple[int, int, int, int, int]
+HEADER = 3  # numbers of a job that each kind of product has for itself
+PIECE = 6
 
 
 def row_products(x_TD: Tensor, weights_ND: Sequence[Tensor], counts: Sequence[int]) -> Tensor:
@@ -42,59 +42,101 @@ def row_products(x_TD: Tensor, weights_ND: Sequence[Tensor], counts: Sequence[in
     rows of the result may have space between them.
     """
     x_TD = x_TD.contiguous()
-    panels = interleaved(x_TD, counts)  # kept here: pieces are addresses only
-    return products_of(pieces_of(x_TD, panels, weights_ND, counts), len(x_TD), weights_ND[0].shape)
+    rows, hidden = x_TD.shape
+    width = weights_ND[0].shape[0]
+    y_TN = room_for(rows, width, counts)
+    panels = torch.empty(rows_in_panels(counts) * hidden)
+    numbers = array("q", [*counts, *[w_ND.data_ptr() for w_ND in weights_ND]])
+    _multiply(
+        openmp.address(), TAKE_PANELS, TAKE_PORTIONS, torch.get_num_threads(), rows, len(counts),
+        numbers.buffer_info()[0], x_TD.data_ptr(), panels.data_ptr(), hidden, width, y_TN.data_ptr(),
+        y_TN.stride(0) * FLOAT,
+    )  # fmt: skip
+    return y_TN
 
 
-def threads_for(multiplications: int) -> int:
+def rows_in_panels(counts: Sequence[int]) -> int:
+    """How many rows are in whole panels, of which there are as many as possible for each matrix."""
+    return 0 if max(counts) < PANEL else sum(count - count % PANEL for count in counts)
+
+
+def room_for(rows: int, width: int, counts: Sequence[int]) -> Tensor:
+    """Room for results [T, N]; their rows may have space between them."""
+    if width * FLOAT % _ALIASED == 0 and max(counts) >= 2 * PANEL:
+        return torch.empty((rows, width + LINE // FLOAT))[:, :width]  # 6% faster with 64 rows, 19% with 128
+    return torch.empty((rows, width))
+
+
+@njit(cache=CACHE)
+def threads_for(multiplications: Any, most: Any) -> Any:
     """How many threads are worth it."""
-    return 1 if multiplications < _SMALL else torch.get_num_threads()
+    return 1 if multiplications < _SMALL else most
 
 
-def interleaved(x_TD: Tensor, counts: Sequence[int]) -> Tensor | None:
-    """As many whole panels as there are in each count of rows, if any, as `panel_dots` reads them [panels, D, 16]."""
-    if max(counts) < PANEL:
-        return None
-    hidden = x_TD.shape[1]
-    panels = torch.empty((sum(count // PANEL for count in counts), hidden, PANEL))
-    job = [0, len(panels), hidden, panels.data_ptr()]
-    x = x_TD.data_ptr()
-    for count in counts:
-        job += (x + panel * PANEL * hidden * FLOAT for panel in range(count // PANEL))
-        x += count * hidden * FLOAT
-    openmp.run(_TAKE_PANELS, job, threads_for(x_TD.numel() * PANEL))
-    return panels
+@njit(cache=CACHE)
+def interleave_rows(
+    parallel: Any, take_panels: Any, threads: Any, x: Any, panels: Any, counts: Any, matrices: Any, hidden: Any
+) -> None:
+    """Fills the panels with the rows that go into whole ones, as `panel_dots` reads them [panels, D, 16]."""
+    number = 0
+    for matrix in range(matrices):
+        number += counts[matrix] // PANEL
+    if not number:
+        return
+    job = np.empty(4 + number, np.int64)
+    job[0], job[1], job[2], job[3] = 0, number, hidden, panels
+    at = 4
+    for matrix in range(matrices):
+        for panel in range(counts[matrix] // PANEL):
+            job[at] = x + panel * PANEL * hidden * FLOAT
+            at += 1
+        x += counts[matrix] * hidden * FLOAT
+    run_parallel(parallel, take_panels, job.ctypes.data, threads_for(number * PANEL * PANEL * hidden, threads))
+    job[0] = 0  # it lives until here
 
 
-def pieces_of(x_TD: Tensor, panels: Tensor | None, weights_ND: Sequence[Tensor], counts: Sequence[int]) -> list[Piece]:
-    """The work for rows and their panels, as `interleaved` gives them; x_TD need only have rows that are in none."""
-    x, panel, size = x_TD.data_ptr(), 0 if panels is None else panels.data_ptr(), x_TD.shape[1] * FLOAT
-    pieces, first = [], 0
-    for w_ND, count in zip(weights_ND, counts, strict=True):
-        w = w_ND.data_ptr()
-        for done in range(0, count, ROWS):
-            rows = min(ROWS, count - done)
-            pieces.append((x + first * size, panel, w, first, rows))
-            first += rows
-            panel += rows // PANEL * PANEL * size
-    return pieces
+@njit(cache=CACHE)
+def products(
+    parallel: Any, function: Any, threads: Any, x: Any, panels: Any, counts: Any, weights: Any, matrices: Any,
+    hidden: Any, width: Any, y: Any, y_stride: Any, y_panels: Any, last: Any,
+) -> None:  # fmt: skip
+    """Runs `function` over the portions of all matrices [N, D] and their rows, at most ROWS at a time.
+
+    Its job: the shares; N, D, `last`; for each piece the addresses of x, its panels, the matrix, y and its panels [N,
+    16]; its T. `weights`: the matrices' addresses.
+    """
+    pieces = 0
+    for matrix in range(matrices):
+        pieces += (counts[matrix] + ROWS - 1) // ROWS
+    job = np.empty(room_for_shares(threads) + HEADER + PIECE * pieces, np.int64)
+    at = share_out(job, pieces * ((width + PORTION - 1) // PORTION), threads)
+    job[at], job[at + 1], job[at + 2] = width, hidden, last
+    at += HEADER
+    for matrix in range(matrices):
+        for done in range(0, counts[matrix], ROWS):
+            rows = min(ROWS, counts[matrix] - done)
+            job[at], job[at + 1], job[at + 2] = x, panels, weights[matrix]
+            job[at + 3], job[at + 4], job[at + 5] = y, y_panels, rows
+            at += PIECE
+            x += rows * hidden * FLOAT
+            y += rows * y_stride
+            panels += rows // PANEL * PANEL * hidden * FLOAT
+            y_panels += rows // PANEL * PANEL * width * FLOAT
+    run_parallel(parallel, function, job.ctypes.data, threads)
+    job[0] = 0  # it lives until here
 
 
-def products_of(pieces: Sequence[Piece], rows: int, shape: Sequence[int]) -> Tensor:
-    """The products of all pieces [T, N]: so many rows, and matrices of this shape [N, D]."""
-    width, hidden = shape
-    room = width
-    if width * FLOAT % _ALIASED == 0 and any(piece[-1] >= 2 * PANEL for piece in pieces):
-        room += LINE // FLOAT  # 6% faster with 64 rows, 19% with 128
-    y_TN = torch.empty((rows, room))
-    y, step = y_TN.data_ptr(), room * FLOAT
-    threads = threads_for(rows * width * hidden)
-    job = shares(len(pieces) * -(-width // _PORTION), threads)
-    job += (width, hidden, step)
-    for x, panel, w, first, some in pieces:
-        job += (x, panel, w, y + first * step, some)
-    openmp.run(_TAKE_PORTIONS, job, threads)
-    return y_TN if room == width else y_TN[:, :width]
+@njit(types.void(*[types.int64] * 13), nogil=True, cache=CACHE)
+def _multiply(
+    parallel: Any, take_panels: Any, take_portions: Any, most: Any, rows: Any, matrices: Any, numbers: Any, x: Any,
+    panels: Any, hidden: Any, width: Any, y: Any, y_stride: Any,
+) -> None:  # fmt: skip
+    counts, weights = ints_at(numbers), ints_at(numbers + matrices * INT)
+    interleave_rows(parallel, take_panels, most, x, panels, counts, matrices, hidden)
+    threads = threads_for(rows * width * hidden, most)
+    products(
+        parallel, take_portions, threads, x, panels, counts, weights, matrices, hidden, width, y, y_stride, 0, y_stride
+    )
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=CACHE)
@@ -109,26 +151,22 @@ def _take_panels(job: Any) -> None:
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=CACHE)
 def _take_portions(job: Any) -> None:
-    """Runs in every thread.
-
-    `job`: the shares; N, D; bytes from a row of y to the next; for each piece the addresses of x, its panels, w
-    and y; its T.
-    """
+    """Runs in every thread. `job`: see `products`; its `last` is how many bytes it is from a row of y to the next."""
     header = after_shares(job)
     width, hidden, y_stride = job[header], job[header + 1], job[header + 2]
     stride = hidden * FLOAT
-    per_matrix = (width + _PORTION - 1) // _PORTION
+    per_matrix = (width + PORTION - 1) // PORTION
     for portion in take(job, begin(job)):
-        piece = header + _HEADER + _PIECE * (portion // per_matrix)
-        first = portion % per_matrix * _PORTION
-        columns = min(_PORTION, width - first)
+        piece = header + HEADER + PIECE * (portion // per_matrix)
+        first = portion % per_matrix * PORTION
+        columns = min(PORTION, width - first)
         w, y = job[piece + 2] + first * stride, job[piece + 3] + first * FLOAT
-        rows = job[piece + 4]
+        rows = job[piece + 5]
         done = rows - rows % PANEL
         panel_dots(0, done, job[piece + 1], columns, w, stride, y, y_stride, hidden)
         x, y = job[piece] + done * stride, y + done * y_stride
         dots(rows - done, x, stride, columns, w, stride, y, y_stride, hidden)
 
 
-_TAKE_PANELS: int = _take_panels.address
-_TAKE_PORTIONS: int = _take_portions.address
+TAKE_PANELS: int = _take_panels.address
+TAKE_PORTIONS: int = _take_portions.address

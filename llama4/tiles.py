@@ -13,7 +13,7 @@ from llama4.emitter import LANES, STEP
 from llama4.intrinsics import CACHE, LARGE, MEDIUM, PANEL, SMALL, floats_at
 from llama4.product_tiles import BLOCK, add_weighted, dot_tile, panel_tile
 
-FLOAT = 4  # bytes
+FLOAT, INT = 4, 8  # bytes
 LINE = STEP * FLOAT  # of a cache
 _AHEAD = 1024 * FLOAT  # of a lone stream that is on its way; processors fetch it ahead by themselves, if not far enough
 

@@ -10,7 +10,7 @@ from numba import cfunc, types
 
 from llama4 import openmp
 from llama4.intrinsics import fetch_add, ints_at
-from llama4.portions import after_shares, begin, shares, take
+from llama4.portions import after_shares, begin, room_for_shares, share_out, take
 
 pytestmark = pytest.mark.skipif(not openmp.available(), reason="torch has no OpenMP")
 
@@ -29,9 +29,11 @@ def _write_down(job: Any) -> None:
 def _taken(portions: int, expected: int, come: int, begun: int = 0) -> list[int]:
     """What `come` threads take, with shares for `expected`, if `begun` have begun before."""
     log = np.zeros(1 + portions, dtype=np.int64)
-    job = [*shares(portions, expected), portions, log.ctypes.data]
+    job = np.empty(room_for_shares(expected) + 2, dtype=np.int64)
+    at = share_out(job, portions, expected)
+    job[at:] = portions, log.ctypes.data
     job[0] = begun
-    openmp.run(_write_down.address, job, come)
+    openmp.run(_write_down.address, job.tolist(), come)
     assert log[0] == portions
     return log[1:].tolist()
 
