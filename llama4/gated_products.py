@@ -50,33 +50,29 @@ def gated_products(x_TD: Tensor, gate_ups: Sequence[Tensor], downs: Sequence[Ten
     rows, hidden = x_TD.shape
     (outputs, width), threads = downs[0].shape, torch.get_num_threads()
     y_TD = room_for(rows, outputs, counts)
-    inner = torch.empty(rows_in_panels(counts) * (hidden + width) + rows * width + threads * _SCRATCH)
-    numbers = array("q", counts)
-    numbers.extend([w.data_ptr() for w in gate_ups])
-    numbers.extend([w.data_ptr() for w in downs])
+    in_panels = rows_in_panels(counts)
+    inner = torch.empty(in_panels * (hidden + width) + rows * width + threads * _SCRATCH)
+    numbers = array("q", [*counts, *[w.data_ptr() for w in (*gate_ups, *downs)]])
     _multiply(
-        openmp.address(), TAKE_PANELS, _TAKE_PORTIONS, TAKE_PORTIONS, threads, rows, len(counts),
-        numbers.buffer_info()[0], x_TD.data_ptr(), inner.data_ptr(), hidden, width, outputs,
+        openmp.address(), TAKE_PANELS, _TAKE_PORTIONS, TAKE_PORTIONS, threads, rows, in_panels,
+        len(counts), numbers.buffer_info()[0], x_TD.data_ptr(), inner.data_ptr(), hidden, width, outputs,
         y_TD.data_ptr(), y_TD.stride(0) * FLOAT,
     )  # fmt: skip
     return y_TD
 
 
-@njit(types.void(*[types.int64] * 15), nogil=True, cache=CACHE)
+@njit(types.void(*[types.int64] * 16), nogil=True, cache=CACHE)
 def _multiply(
-    parallel: Any, take_panels: Any, take_gated: Any, take_portions: Any, most: Any, rows: Any, matrices: Any,
-    numbers: Any, x: Any, inner: Any, hidden: Any, width: Any, outputs: Any, y: Any, y_stride: Any,
+    parallel: Any, take_panels: Any, take_gated: Any, take_portions: Any, most: Any, rows: Any, in_panels: Any,
+    matrices: Any, numbers: Any, x: Any, inner: Any, hidden: Any, width: Any, outputs: Any, y: Any, y_stride: Any,
 ) -> None:  # fmt: skip
     """`inner`: room for the panels of x, those of h, h and the threads' scratch, one after the other."""
     counts = ints_at(numbers)
     gate_ups, downs = ints_at(numbers + matrices * INT), ints_at(numbers + 2 * matrices * INT)
-    in_panels = 0
-    for matrix in range(matrices):
-        in_panels += counts[matrix] // PANEL * PANEL
     h_panels = inner + in_panels * hidden * FLOAT
     h = h_panels + in_panels * width * FLOAT
     scratch = h + rows * width * FLOAT
-    interleave_rows(parallel, take_panels, most, x, inner, counts, matrices, hidden)
+    interleave_rows(parallel, take_panels, most, x, inner, in_panels, counts, matrices, hidden)
     threads = threads_for(rows * width * hidden, most)
     products(
         parallel, take_gated, threads, x, inner, counts, gate_ups, matrices, hidden, width, h, width * FLOAT, h_panels,

@@ -11,7 +11,7 @@ from typing import Any
 import numba
 from llvmlite import ir
 from llvmlite.binding import get_host_cpu_features
-from numba import types
+from numba import njit, types
 from numba.extending import intrinsic
 
 from llama4.emitter import FLOAT32, LANES, Emitter
@@ -76,8 +76,7 @@ def ints_at(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic
-def run_parallel(typing_context: Any, parallel: Any, function: Any, job: Any, threads: Any) -> Any:
-    """What `openmp.run` does, in compiled code; `parallel` is `openmp.address()`."""
+def _call_parallel(typing_context: Any, parallel: Any, function: Any, job: Any, threads: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -88,6 +87,15 @@ def run_parallel(typing_context: Any, parallel: Any, function: Any, job: Any, th
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.int64, types.int64), generate
+
+
+@njit(cache=CACHE)
+def run_job(parallel: Any, function: Any, job: Any, threads: Any) -> None:
+    """What `openmp.run` does, in compiled code: `parallel` is `openmp.address()`, and `job` an array.
+
+    Its caller's hold on the array keeps it for the threads; in the same function it could end before they do.
+    """
+    _call_parallel(parallel, function, job.ctypes.data, threads)
 
 
 @intrinsic

@@ -14,7 +14,7 @@ from torch import Tensor
 from llama4.config import TextConfig
 from llama4.linear import gated_linear, linear
 from llama4.memory import zeros
-from llama4.router import choose_one
+from llama4.router import best, scaled_rows
 
 Ticket: TypeAlias = Any  # what a dispatcher needs to combine later; opaque here
 Flow: TypeAlias = Generator[None, None, Tensor]  # a computation that pauses when its rows are with the experts
@@ -74,26 +74,17 @@ class MoE:
     def flow(self, x_TD: Tensor, dispatcher: Dispatcher) -> Flow:
         """The layer's output y_TD; pauses once, before it waits for the experts."""
         logits_TE = linear(x_TD, self.router)
-        if self._scores_on_input and self._top_k == 1:  # Llama 4
-            rows_TD, expert_ids_T1 = choose_one(logits_TE, x_TD)
-            ticket = dispatcher.dispatch(rows_TD, expert_ids_T1, self._layer)
-            y_TD = self.shared_expert(x_TD)
-            yield
-            return y_TD.add_(dispatcher.combine(ticket)[:, 0])
-        chosen_TK, expert_ids_TK = torch.topk(logits_TE, self._top_k, dim=-1)
         if self._scores_on_input:
-            # Each (token, choice) has an input of its own, so each is a row with one expert.
-            # In float64: torch's vectors and the rest that fills none differ in a float32's last bit.
-            scores_TK1 = torch.sigmoid(chosen_TK.double()).to(x_TD.dtype)[:, :, None]
-            rows_ND = (x_TD[:, None] * scores_TK1).flatten(0, 1)
-            ticket = dispatcher.dispatch(rows_ND, expert_ids_TK.reshape(-1, 1), self._layer)
+            ticket = dispatcher.dispatch(*scaled_rows(logits_TE, x_TD, self._top_k), self._layer)
         else:
+            chosen_TK, expert_ids_TK = best(logits_TE, self._top_k)
             ticket = dispatcher.dispatch(x_TD, expert_ids_TK, self._layer)
         y_TD = self.shared_expert(x_TD)
         yield
         routed: Tensor = dispatcher.combine(ticket)
         if self._scores_on_input:
-            return y_TD.add_(routed.view(*expert_ids_TK.shape, x_TD.shape[-1]).sum(dim=1))
+            routed = routed.view(-1, self._top_k, x_TD.shape[-1])
+            return y_TD.add_(routed[:, 0] if self._top_k == 1 else routed.sum(dim=1))
         log_total_T1 = torch.logsumexp(logits_TE.double(), dim=-1, keepdim=True)
         probabilities_TK1 = torch.exp(chosen_TK.double() - log_total_T1).to(x_TD.dtype)[:, :, None]
         return y_TD + (routed * probabilities_TK1).sum(dim=1)

@@ -13,11 +13,9 @@ from numba import carray, cfunc, njit, types
 from torch import Tensor
 
 from llama4 import openmp
-from llama4.intrinsics import CACHE, fetch_add, float_of_bits, floats_at, ints_at, run_parallel
+from llama4.intrinsics import CACHE, float_of_bits, floats_at
+from llama4.portions import run_rows, take_rows
 from llama4.tiles import FLOAT
-
-_PORTION = 16  # rows that a thread takes at a time
-_SMALL = 1 << 15  # floats; below, a second thread costs more than it saves
 
 
 class RMSNorm:
@@ -63,10 +61,9 @@ def _inverse_rms(x: Tensor, eps: Epsilon) -> Tensor:
 def _normalise(x: Tensor, y: Tensor, parts: int, eps: Epsilon, weight_D: Tensor | None) -> None:
     rows, width = x.shape[0], x.shape[-1]
     weight = 0 if weight_D is None else weight_D.data_ptr()
-    _normalise_all(
-        openmp.address(), _TAKE_ROWS, torch.get_num_threads(), rows, parts, width, x.data_ptr(), y.data_ptr(),
-        x.stride(0) * FLOAT, y.stride(0) * FLOAT, weight, eps.bits,
-    )  # fmt: skip
+    strides = (x.stride(0) * FLOAT, y.stride(0) * FLOAT)
+    about = parts, width, x.data_ptr(), y.data_ptr(), *strides, weight, eps.bits
+    run_rows(_TAKE_ROWS, rows, about, rows * parts * width)
 
 
 @njit(fastmath=True, cache=CACHE)
@@ -85,42 +82,15 @@ def _normalise_part(x: Any, y: Any, weight: Any, width: Any, eps: Any) -> None:
             y_D[d] = x_D[d] * inverse
 
 
-@njit(cache=CACHE)
-def _normalise_rows(job: Any) -> None:
-    """Some rows, again and again, until all are taken.
-
-    `job`: portions taken; T, G, D; addresses of x and y; their rows' strides; weight; eps.
-    """
-    rows, parts, width, weight, eps = job[1], job[2], job[3], job[8], float_of_bits(np.int32(job[9]))
-    first = _PORTION * fetch_add(job, 0, 1)
-    while first < rows:
-        for row in range(first, min(first + _PORTION, rows)):
-            x, y = job[4] + row * job[6], job[5] + row * job[7]
-            for part in range(parts):
-                at = part * width * FLOAT
-                _normalise_part(x + at, y + at, weight, width, eps)
-        first = _PORTION * fetch_add(job, 0, 1)
-
-
 @cfunc(types.void(types.CPointer(types.int64)), cache=CACHE)
 def _take_rows(job: Any) -> None:
-    """Runs in every thread."""
-    _normalise_rows(job)
-
-
-@njit(types.void(*[types.int64] * 12), nogil=True, cache=CACHE)
-def _normalise_all(
-    parallel: Any, take_rows: Any, threads: Any, rows: Any, parts: Any, width: Any, x: Any, y: Any, x_stride: Any,
-    y_stride: Any, weight: Any, eps: Any,
-) -> None:  # fmt: skip
-    job = np.empty(10, np.int64)
-    job[:4] = 0, rows, parts, width
-    job[4:] = x, y, x_stride, y_stride, weight, eps
-    if rows * parts * width < _SMALL:
-        _normalise_rows(ints_at(job.ctypes.data))
-    else:
-        run_parallel(parallel, take_rows, job.ctypes.data, threads)
-    job[0] = 0  # it lives until here
+    """Runs in every thread. `job`: portions taken; T, G, D; addresses of x and y; their rows' strides; weight; eps."""
+    parts, width, weight, eps = job[2], job[3], job[8], float_of_bits(np.int32(job[9]))
+    for row in take_rows(job):
+        x, y = job[4] + row * job[6], job[5] + row * job[7]
+        for part in range(parts):
+            at = part * width * FLOAT
+            _normalise_part(x + at, y + at, weight, width, eps)
 
 
 _TAKE_ROWS: int = _take_rows.address

@@ -7,14 +7,17 @@ done helps the others with theirs, so that a busy core still holds up nobody.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from numba import njit
 
+from llama4 import openmp
 from llama4.intrinsics import CACHE, fetch_add
 
 _HEADER = 3
+_ROWS = 16  # that a thread takes at a time
+_SMALL = 1 << 15  # floats; below, a second thread costs more than it saves
 
 
 @njit(cache=CACHE)
@@ -58,3 +61,21 @@ def take(job: Any, thread: Any) -> Iterator[Any]:
         while portion < stop:
             yield portion
             portion = fetch_add(job, _HEADER + share, 1)
+
+
+def run_rows(function: int, rows: int, about: Sequence[int], floats: int) -> None:
+    """Runs the cfunc at this address in as many threads as so many floats are worth; they share rows by `take_rows`.
+
+    Its job: portions taken; rows; `about`.
+    """
+    openmp.run(function, (0, rows, *about), 1 if floats < _SMALL else None)
+
+
+@njit  # as `take`
+def take_rows(job: Any) -> Iterator[Any]:
+    """The rows that this thread has to do; no other thread gets them."""
+    first = _ROWS * fetch_add(job, 0, 1)
+    while first < job[1]:
+        for row in range(first, min(first + _ROWS, job[1])):  # noqa: UP028 - numba has no `yield from`
+            yield row
+        first = _ROWS * fetch_add(job, 0, 1)

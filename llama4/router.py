@@ -1,7 +1,8 @@
-"""The router's choice of one expert for each row, as one operation on a CPU: torch's six cost a decode step as much as
-reading some of the weights.
+"""The router's choice of experts for each row; of one, as Llama 4 has it, a single operation on a CPU.
 
-Shapes: T tokens, E experts, D model width.
+Torch's six are small, but come between two products: memory stands idle in a decode step meanwhile.
+
+Shapes: T tokens, E experts, K experts per token, N = T * K rows, D model width.
 """
 
 from __future__ import annotations
@@ -11,78 +12,65 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import carray, cfunc, njit, types
+from numba import carray, cfunc, types
 from torch import Tensor
 
 from llama4 import openmp
-from llama4.intrinsics import CACHE, fetch_add, floats_at, ints_at, run_parallel
+from llama4.intrinsics import CACHE, floats_at, ints_at
+from llama4.portions import run_rows, take_rows
 from llama4.tiles import FLOAT
 
-_PORTION = 16  # rows that a thread takes at a time
-_SMALL = 1 << 15  # floats; below, a second thread costs more than it saves
+
+def best(logits_TE: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Each row's largest logits and whose they are [T, K]."""
+    if top_k == 1:  # half the time of topk
+        largest = logits_TE.max(dim=-1, keepdim=True)
+        return largest.values, largest.indices
+    return torch.topk(logits_TE, top_k, dim=-1)
 
 
-def choose_one(logits_TE: Tensor, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row times the sigmoid of its largest logit [T, D], and whose that is, int64 [T, 1]; of equal ones the first.
+def scaled_rows(logits_TE: Tensor, x_TD: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Each row times the sigmoids of its largest logits [N, D], and whose these are, int64 [N, 1].
 
-    The sigmoid is computed in float64, so that no row's last bit depends on the others.
+    So each (token, choice) has an input of its own, and is a row with one expert. The sigmoid is computed in float64:
+    torch's vectors and the rest that fills none differ in a float32's last bit.
     """
-    if not openmp.computes(x_TD):
-        chosen_T1, expert_ids_T1 = logits_TE.max(dim=-1, keepdim=True)
-        return x_TD * torch.sigmoid(chosen_T1.double()).to(x_TD.dtype), expert_ids_T1
-    x_TD = x_TD.contiguous()
+    if top_k == 1 and openmp.computes(x_TD):
+        return _scaled_by_best(logits_TE, x_TD.contiguous())
+    chosen_TK, expert_ids_TK = best(logits_TE, top_k)
+    scores_TK1 = torch.sigmoid(chosen_TK.double()).to(x_TD.dtype)[:, :, None]
+    return (x_TD[:, None] * scores_TK1).flatten(0, 1), expert_ids_TK.reshape(-1, 1)
+
+
+def _scaled_by_best(logits_TE: Tensor, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """As scaled_rows; of equal logits the first."""
     (rows, width), experts = x_TD.shape, logits_TE.shape[1]
     y_TD, expert_ids_T1 = torch.empty((rows, width)), torch.empty((rows, 1), dtype=torch.int64)
-    _choose_all(
-        openmp.address(), _TAKE_ROWS, torch.get_num_threads(), rows, experts, width, logits_TE.data_ptr(),
-        logits_TE.stride(0) * FLOAT, x_TD.data_ptr(), y_TD.data_ptr(), expert_ids_T1.data_ptr(),
-    )  # fmt: skip
+    addresses = x_TD.data_ptr(), y_TD.data_ptr(), expert_ids_T1.data_ptr()
+    about = experts, width, logits_TE.data_ptr(), logits_TE.stride(0) * FLOAT, *addresses
+    run_rows(_TAKE_ROWS, rows, about, rows * width)
     return y_TD, expert_ids_T1
-
-
-@njit(cache=CACHE)
-def _choose_rows(job: Any) -> None:
-    """Some rows, again and again, until all are taken.
-
-    `job`: portions taken; T, E, D; the logits' address and their rows' stride; addresses of x, y and the choices.
-    """
-    rows, experts, width = job[1], job[2], job[3]
-    first = _PORTION * fetch_add(job, 0, 1)
-    while first < rows:
-        for row in range(first, min(first + _PORTION, rows)):
-            logits_E = carray(floats_at(job[4] + row * job[5]), (experts,))
-            best = 0
-            for expert in range(1, experts):
-                if logits_E[expert] > logits_E[best]:
-                    best = expert
-            score = np.float32(1 / (1 + math.exp(-np.float64(logits_E[best]))))
-            x_D = carray(floats_at(job[6] + row * width * FLOAT), (width,))
-            y_D = carray(floats_at(job[7] + row * width * FLOAT), (width,))
-            for d in range(width):
-                y_D[d] = x_D[d] * score
-            ints_at(job[8])[row] = best
-        first = _PORTION * fetch_add(job, 0, 1)
 
 
 @cfunc(types.void(types.CPointer(types.int64)), cache=CACHE)
 def _take_rows(job: Any) -> None:
-    """Runs in every thread."""
-    _choose_rows(job)
+    """Runs in every thread.
 
-
-@njit(types.void(*[types.int64] * 11), nogil=True, cache=CACHE)
-def _choose_all(
-    parallel: Any, take_rows: Any, threads: Any, rows: Any, experts: Any, width: Any, logits: Any, stride: Any, x: Any,
-    y: Any, chosen: Any,
-) -> None:  # fmt: skip
-    job = np.empty(9, np.int64)
-    job[:5] = 0, rows, experts, width, logits
-    job[5:] = stride, x, y, chosen
-    if rows * width < _SMALL:
-        _choose_rows(ints_at(job.ctypes.data))
-    else:
-        run_parallel(parallel, take_rows, job.ctypes.data, threads)
-    job[0] = 0  # it lives until here
+    `job`: see `run_rows`; E, D; the logits' address and their rows' stride; addresses of x, y and the choices.
+    """
+    experts, width = job[2], job[3]
+    for row in take_rows(job):
+        logits_E = carray(floats_at(job[4] + row * job[5]), (experts,))
+        chosen = 0
+        for expert in range(1, experts):
+            if logits_E[expert] > logits_E[chosen]:
+                chosen = expert
+        score = np.float32(1 / (1 + math.exp(-np.float64(logits_E[chosen]))))
+        x_D = carray(floats_at(job[6] + row * width * FLOAT), (width,))
+        y_D = carray(floats_at(job[7] + row * width * FLOAT), (width,))
+        for d in range(width):
+            y_D[d] = x_D[d] * score
+        ints_at(job[8])[row] = chosen
 
 
 _TAKE_ROWS: int = _take_rows.address

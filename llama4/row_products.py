@@ -23,7 +23,7 @@ from numba import cfunc, njit, types
 from torch import Tensor
 
 from llama4 import openmp
-from llama4.intrinsics import CACHE, PANEL, fetch_add, ints_at, run_parallel
+from llama4.intrinsics import CACHE, PANEL, fetch_add, ints_at, run_job
 from llama4.portions import after_shares, begin, room_for_shares, share_out, take
 from llama4.tiles import FLOAT, INT, LINE, dots, interleave, panel_dots
 
@@ -45,11 +45,12 @@ def row_products(x_TD: Tensor, weights_ND: Sequence[Tensor], counts: Sequence[in
     rows, hidden = x_TD.shape
     width = weights_ND[0].shape[0]
     y_TN = room_for(rows, width, counts)
-    panels = torch.empty(rows_in_panels(counts) * hidden)
+    in_panels = rows_in_panels(counts)
+    panels = torch.empty(in_panels * hidden)
     numbers = array("q", [*counts, *[w_ND.data_ptr() for w_ND in weights_ND]])
     _multiply(
-        openmp.address(), TAKE_PANELS, TAKE_PORTIONS, torch.get_num_threads(), rows, len(counts),
-        numbers.buffer_info()[0], x_TD.data_ptr(), panels.data_ptr(), hidden, width, y_TN.data_ptr(),
+        openmp.address(), TAKE_PANELS, TAKE_PORTIONS, torch.get_num_threads(), rows, in_panels,
+        len(counts), numbers.buffer_info()[0], x_TD.data_ptr(), panels.data_ptr(), hidden, width, y_TN.data_ptr(),
         y_TN.stride(0) * FLOAT,
     )  # fmt: skip
     return y_TN
@@ -75,24 +76,28 @@ def threads_for(multiplications: Any, most: Any) -> Any:
 
 @njit(cache=CACHE)
 def interleave_rows(
-    parallel: Any, take_panels: Any, threads: Any, x: Any, panels: Any, counts: Any, matrices: Any, hidden: Any
+    parallel: Any,
+    take_panels: Any,
+    threads: Any,
+    x: Any,
+    panels: Any,
+    in_panels: Any,
+    counts: Any,
+    matrices: Any,
+    hidden: Any,
 ) -> None:
     """Fills the panels with the rows that go into whole ones, as `panel_dots` reads them [panels, D, 16]."""
-    number = 0
-    for matrix in range(matrices):
-        number += counts[matrix] // PANEL
-    if not number:
+    if not in_panels:
         return
-    job = np.empty(4 + number, np.int64)
-    job[0], job[1], job[2], job[3] = 0, number, hidden, panels
+    job = np.empty(4 + in_panels // PANEL, np.int64)
+    job[0], job[1], job[2], job[3] = 0, in_panels // PANEL, hidden, panels
     at = 4
     for matrix in range(matrices):
         for panel in range(counts[matrix] // PANEL):
             job[at] = x + panel * PANEL * hidden * FLOAT
             at += 1
         x += counts[matrix] * hidden * FLOAT
-    run_parallel(parallel, take_panels, job.ctypes.data, threads_for(number * PANEL * PANEL * hidden, threads))
-    job[0] = 0  # it lives until here
+    run_job(parallel, take_panels, job, threads_for(in_panels * PANEL * hidden, threads))
 
 
 @njit(cache=CACHE)
@@ -122,17 +127,16 @@ def products(
             y += rows * y_stride
             panels += rows // PANEL * PANEL * hidden * FLOAT
             y_panels += rows // PANEL * PANEL * width * FLOAT
-    run_parallel(parallel, function, job.ctypes.data, threads)
-    job[0] = 0  # it lives until here
+    run_job(parallel, function, job, threads)
 
 
-@njit(types.void(*[types.int64] * 13), nogil=True, cache=CACHE)
+@njit(types.void(*[types.int64] * 14), nogil=True, cache=CACHE)
 def _multiply(
-    parallel: Any, take_panels: Any, take_portions: Any, most: Any, rows: Any, matrices: Any, numbers: Any, x: Any,
-    panels: Any, hidden: Any, width: Any, y: Any, y_stride: Any,
+    parallel: Any, take_panels: Any, take_portions: Any, most: Any, rows: Any, in_panels: Any, matrices: Any,
+    numbers: Any, x: Any, panels: Any, hidden: Any, width: Any, y: Any, y_stride: Any,
 ) -> None:  # fmt: skip
     counts, weights = ints_at(numbers), ints_at(numbers + matrices * INT)
-    interleave_rows(parallel, take_panels, most, x, panels, counts, matrices, hidden)
+    interleave_rows(parallel, take_panels, most, x, panels, in_panels, counts, matrices, hidden)
     threads = threads_for(rows * width * hidden, most)
     products(
         parallel, take_portions, threads, x, panels, counts, weights, matrices, hidden, width, y, y_stride, 0, y_stride

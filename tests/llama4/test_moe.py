@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from llama4.config import TextConfig
 from llama4.micro_batches import in_turn
 from llama4.moe import Experts, MoE
-from llama4.router import choose_one
+from llama4.router import scaled_rows
 from tests.llama4.reference import SMALL
 from tests.llama4.runner import HereDispatcher
 
@@ -89,9 +89,9 @@ def test_a_row_chooses_one_expert_and_is_scaled(rows: int, experts: int, width: 
     logits_TE = torch.randn(rows, experts + 3)[:, :experts]
     logits_TE[-1] = 0.25
     x_TD = torch.randn(rows, width)
-    got_TD, expert_ids_T1 = choose_one(logits_TE, x_TD)
+    got_TD, expert_ids_T1 = scaled_rows(logits_TE, x_TD, 1)
     chosen_T1, want_T1 = logits_TE.max(dim=-1, keepdim=True)
     assert torch.equal(expert_ids_T1[:-1], want_T1[:-1]) and expert_ids_T1[-1] == 0
     torch.testing.assert_close(got_TD, x_TD * chosen_T1.sigmoid())
     for row in range(rows):
-        assert torch.equal(got_TD[row], choose_one(logits_TE[row : row + 1], x_TD[row : row + 1])[0][0])
+        assert torch.equal(got_TD[row], scaled_rows(logits_TE[row : row + 1], x_TD[row : row + 1], 1)[0][0])
