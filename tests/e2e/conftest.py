@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import ray
 
 from actors.deployment import Deployment, launch
 from cluster.config import load_config
@@ -60,3 +62,19 @@ def tiny() -> Deployment:
 def nothing_is_left() -> Iterator[None]:
     yield
     end_kept()
+
+
+_TOLD = re.compile(r" herder |\*\*\* SIG|Fatal Python error")  # by Herder's logger, or at a process' violent end
+_LINES = 60
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A failed test's report says what the deployment's actors told last: their logs go with it."""
+    report = yield
+    if report.failed and ray.is_initialized():
+        session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
+        logs = [log.read_text(errors="replace") for log in session.glob("logs/worker-*.err")]
+        lines = sorted(line for log in logs for line in log.splitlines() if _TOLD.search(line))
+        report.sections.append(("the deployment's logs", "\n".join(lines[-_LINES:])))
+    return report

@@ -51,18 +51,26 @@ def present_states(dashboard: httpx.Client, actor_id: str) -> list[str]:
 
 
 def test_every_actor_is_shown_with_role_rank_and_state(tiny: Deployment, dashboard: httpx.Client) -> None:
-    epoch = Control(tiny.grpc_address).info().epoch
-    expected = {
-        "controller": ("controller(tiny)", f"controller: ready, epoch {epoch}"),
-        "attention-0": ("attention(rank 0, cpu)", f"attention-0: serving, epoch {epoch}"),
-        "attention-1": ("attention(rank 1, cpu)", f"attention-1: serving, epoch {epoch}"),
-        "expert-0": ("expert(slot 0, cpu)", f"expert-0: serving, epoch {epoch}, experts 0-7 in 3 layers"),
-        "expert-1": ("expert(slot 1, cpu)", f"expert-1: serving, epoch {epoch}, experts 8-15 in 3 layers"),
-    }
+    control = Control(tiny.grpc_address)
     found = actors(dashboard)
-    assert {name: shown for name, (shown, _) in found.items()} == {name: shown for name, (shown, _) in expected.items()}
+    assert {name: shown for name, (shown, _) in found.items()} == {
+        "controller": "controller(tiny)",
+        "attention-0": "attention(rank 0, cpu)",
+        "attention-1": "attention(rank 1, cpu)",
+        "expert-0": "expert(slot 0, cpu)",
+        "expert-1": "expert(slot 1, cpu)",
+    }
     deadline = time.monotonic() + WAIT_S
     for name, (_, actor_id) in found.items():
-        while (states := present_states(dashboard, actor_id)) != [expected[name][1]]:
+        # The epoch may pass meanwhile: on a busy machine an actor is given up for a moment.
+        while (states := present_states(dashboard, actor_id)) != [in_words(name, control.info().epoch)]:
             assert time.monotonic() < deadline, (name, states)
             time.sleep(0.2)
+
+
+def in_words(name: str, epoch: int) -> str:
+    """The state of an actor of the plain deployment when all is well."""
+    if name == "controller":
+        return f"controller: ready, epoch {epoch}"
+    held = {"expert-0": ", experts 0-7 in 3 layers", "expert-1": ", experts 8-15 in 3 layers"}.get(name, "")
+    return f"{name}: serving, epoch {epoch}{held}"
