@@ -4,15 +4,15 @@ Shape legend: T tokens, K top-k, N = T*K rows, D hidden width.
 """
 
 import socket
+from array import array
 from collections import deque
-from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from dispatch.connections import Connection
-from dispatch.requests import as_bytes
+from dispatch.pieces import Pieces
 from dispatch.wire import (
     DTYPE_CODES,
     HEADER_BYTES,
@@ -24,7 +24,6 @@ from dispatch.wire import (
 )
 
 Run: TypeAlias = tuple[int, list[int]]  # an expert, and the rows of the batch that go to it
-MAX_PIECES = 1024  # of one sendmsg or recvmsg, by the system's limit
 
 
 class LinkLost(Exception):
@@ -41,8 +40,7 @@ class Batch:
     """
 
     __slots__ = (
-        "dtype", "layer", "lost_rows", "micro_batch", "num_rows", "open_parts", "row_bytes", "top_k", "x_TD", "x_bytes",
-        "y_TKD", "y_bytes",
+        "dtype", "layer", "lost_rows", "micro_batch", "num_rows", "open_parts", "row_bytes", "top_k", "x_TD", "y_TKD",
     )  # fmt: skip
 
     def __init__(self, x_TD: Tensor, top_k: int, layer: int, micro_batch: int) -> None:
@@ -56,15 +54,11 @@ class Batch:
         self.open_parts = 0
         self.lost_rows: list[int] = []
         self.x_TD = x_TD
-        if self.num_rows:
-            self.x_bytes = as_bytes(x_TD)
 
     def make_room(self) -> None:
         """Room for the results; made when the rows are on their way, since those are what is waited for."""
         tokens, width = self.x_TD.shape
         self.y_TKD = torch.empty((tokens, self.top_k, width), dtype=self.x_TD.dtype)
-        if self.num_rows:
-            self.y_bytes = as_bytes(self.y_TKD)
 
     def results(self) -> Tensor:
         """y_TKD, when no part is open: zeros for lost rows."""
@@ -97,15 +91,15 @@ class Part:
             self.entries += (expert, len(rows))
             self.rows += rows
 
-    def rows_sent(self) -> list[memoryview]:
-        """The rows where they lie."""
-        x, size, top_k = self.batch.x_bytes, self.batch.row_bytes, self.batch.top_k
-        return [x[(at := row // top_k * size) : at + size] for row in self.rows]
+    def outgoing(self, head: bytes) -> Pieces:
+        """Its message under this head: the rows where they lie."""
+        batch = self.batch
+        rows = self.rows if batch.top_k == 1 else [row // batch.top_k for row in self.rows]
+        return Pieces(array("B", head), batch.x_TD, rows, batch.row_bytes)
 
-    def rows_received(self) -> list[memoryview]:
-        """Where the rows' results go."""
-        y, size = self.batch.y_bytes, self.batch.row_bytes
-        return [y[(at := row * size) : at + size] for row in self.rows]
+    def incoming(self, header: "array[int]") -> Pieces:
+        """Room for the answer: its header, and where the results go."""
+        return Pieces(header, self.batch.y_TKD, self.rows, self.batch.row_bytes)
 
 
 class Link:
@@ -122,10 +116,10 @@ class Link:
         self.fd = connection.socket.fileno()
         self.awaited: deque[Part] = deque()
         self.heard_at = 0.0
-        self.sending: list[memoryview] = []
         self._socket: socket.socket = connection.socket
-        self._header = memoryview(bytearray(HEADER_BYTES))
-        self._receiving: list[memoryview] = []  # room for what the oldest awaited part has yet to get
+        self._sending: deque[Pieces] = deque()  # what the kernel has not taken
+        self._header = array("B", bytes(HEADER_BYTES))
+        self._receiving: Pieces | None = None  # room for what the oldest awaited part has yet to get
         self._header_left = HEADER_BYTES
         self._results_header = b""  # the header of the answer that is hoped for
         self._refusal = 0
@@ -136,52 +130,55 @@ class Link:
             self.heard_at = now
         self.awaited.append(part)
         if head is not None:
-            pieces = [memoryview(head), *part.rows_sent()]
-            if self.sending:
-                self.sending += pieces
-            else:
-                self.sending = pieces
+            self._sending.append(part.outgoing(head))
+            if len(self._sending) == 1:
                 return self.send()
-        return bool(self.sending)
+        return bool(self._sending)
 
     def send(self) -> bool:
         """Send what waits, as far as the kernel takes it; whether a rest waits still."""
-        while self.sending:
+        while self._sending:
+            pieces = self._sending[0]
             try:
-                sent = self._socket.sendmsg(self.sending[:MAX_PIECES])
+                while pieces.left:
+                    pieces.write(self.fd)
             except BlockingIOError:
                 return True
             except OSError as error:
                 raise LinkLost(f"sending failed: {error}") from error
-            self.sending = rest_of(self.sending, sent)
+            self._sending.popleft()
         return False
 
-    def prepare(self) -> None:
-        """Lay out room for the next answer, if one is awaited: better while it is waited for than when it is there."""
-        if self._receiving or not self.awaited:
-            return
-        part = self.awaited[0]
-        self._results_header = encode_answer(Header.of(part.head))
-        self._receiving = [self._header, *part.rows_received()]
-        self._header_left = HEADER_BYTES
+    def prepare(self) -> Pieces | None:
+        """Room for what is left of the next answer, if one is awaited; laid out better before it is there than then."""
+        if self._receiving is None and self.awaited:
+            part = self.awaited[0]
+            self._results_header = encode_answer(Header.of(part.head))
+            self._receiving = part.incoming(self._header)
+            self._header_left = HEADER_BYTES
+        return self._receiving
 
     def receive(self, now: float) -> tuple[Part | None, int]:
         """Receive what has come; a part that is answered by now, and the refusal if it is one."""
-        if not self.awaited:
-            self._read(lambda: self._socket.recv(1))
-            raise LinkLost("it sent what nobody asked for")
-        self.prepare()
-        got = self._read(lambda: self._socket.recvmsg_into(self._receiving[:MAX_PIECES])[0])
-        if not got:
+        room = self.prepare()
+        try:
+            got = room.read(self.fd) if room else len(self._socket.recv(1))
+        except BlockingIOError:
             return None, 0
+        except OSError as error:
+            raise LinkLost(f"receiving failed: {error}") from error
+        if not got:
+            raise LinkLost("it closed the connection")
+        if room is None:
+            raise LinkLost("it sent what nobody asked for")
         self.heard_at = now
         if self._header_left:
             self._header_left = max(self._header_left - got, 0)
             if not self._header_left:
-                self._refusal = 0 if self._header == self._results_header else self._why_refused()
-        self._receiving = rest_of(self._receiving, got)
-        if self._receiving:
+                self._refusal = 0 if self._header.tobytes() == self._results_header else self._why_refused()
+        if room.left:
             return None, 0
+        self._receiving = None
         return self.awaited.popleft(), self._refusal
 
     def close(self) -> list[Part]:
@@ -189,36 +186,16 @@ class Link:
         self._socket.close()
         return list(self.awaited)
 
-    def _read(self, read: Callable[[], int | bytes]) -> int:
-        try:
-            got = read()
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            raise LinkLost(f"receiving failed: {error}") from error
-        if not got:
-            raise LinkLost("it closed the connection")
-        return got if isinstance(got, int) else len(got)
-
     def _why_refused(self) -> int:
         """The refusal of the oldest awaited part."""
         part = self.awaited[0]
         try:
-            header = decode_header(self._header, part.batch.dtype, part.batch.row_bytes, max_entries=0)
-            decode_entries(self._header, header)
+            data = memoryview(self._header)
+            header = decode_header(data, part.batch.dtype, part.batch.row_bytes, max_entries=0)
+            decode_entries(data, header)
         except MalformedMessage as error:
             raise LinkLost(f"it sent {error}") from error
         refusal = header.refusal
-        if not refusal or self._header != encode_answer(Header.of(part.head), refusal):
+        if not refusal or self._header.tobytes() != encode_answer(Header.of(part.head), refusal):
             raise LinkLost(f"it answers message {header.serial} of step {header.step}, which is not the awaited one")
         return refusal
-
-
-def rest_of(pieces: list[memoryview], done: int) -> list[memoryview]:
-    """What is left of `pieces` after their first `done` bytes."""
-    for place, piece in enumerate(pieces):
-        size = len(piece)
-        if done < size:
-            return [piece[done:], *pieces[place + 1 :]] if done else pieces[place:]
-        done -= size
-    return []

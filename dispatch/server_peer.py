@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dispatch.connections import HELLO_BYTES, Handshake
-from dispatch.link import MAX_PIECES, rest_of
+from dispatch.pieces import MAX_PIECES
 from dispatch.requests import Request
 from dispatch.wire import (
     DTYPE_CODES,
@@ -189,3 +189,13 @@ class Peer:
         memory[: self._filled - at] = self._buffer[at : self._filled]
         self._memory, self._buffer = memory, memoryview(memory)
         self._views.clear()
+
+
+def rest_of(pieces: list[memoryview], done: int) -> list[memoryview]:
+    """What is left of `pieces` after their first `done` bytes."""
+    for place, piece in enumerate(pieces):
+        size = len(piece)
+        if done < size:
+            return [piece[done:], *pieces[place + 1 :]] if done else pieces[place:]
+        done -= size
+    return []

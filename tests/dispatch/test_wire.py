@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dispatch.connections import Connection, Hello, connect
 from dispatch.expert_map import ExpertMap
-from dispatch.link import rest_of
+from dispatch.server_peer import rest_of
 from dispatch.topology import SlotAddress, Topology
 from dispatch.wire import (
     HEADER_BYTES,
