@@ -64,7 +64,13 @@ def nothing_is_left() -> Iterator[None]:
     end_kept()
 
 
-_TOLD = re.compile(r" herder |\*\*\* SIG|Fatal Python error")  # by Herder's logger, or at a process' violent end
+def ray_session() -> Path:
+    """The folder of this process' Ray, with its logs."""
+    return Path(ray._private.worker.global_worker.node.get_session_dir_path())
+
+
+# By Herder's logger, but for each request's end, of which there are too many; or at a process' violent end.
+_TOLD = re.compile(r" (INFO|WARNING|ERROR) herder (?!request )|\*\*\* SIG|Fatal Python error")
 _LINES = 60
 
 
@@ -73,8 +79,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """A failed test's report says what the deployment's actors told last: their logs go with it."""
     report = yield
     if report.failed and ray.is_initialized():
-        session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
-        logs = [log.read_text(errors="replace") for log in session.glob("logs/worker-*.err")]
+        logs = [log.read_text(errors="replace") for log in ray_session().glob("logs/worker-*.err")]
         lines = sorted(line for log in logs for line in log.splitlines() if _TOLD.search(line))
         report.sections.append(("the deployment's logs", "\n".join(lines[-_LINES:])))
     return report

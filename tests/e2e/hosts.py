@@ -70,9 +70,12 @@ class Host:
 
     def start(self, *command: str, log: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
         """Starts a command in the host, with its /tmp as home; what it says goes to that file there."""
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "XDG_"))}
-        # Beside other tests', as nice as they are: otherwise theirs would starve.
-        inherited |= {key: value for key, value in os.environ.items() if key == "RAY_worker_niceness"}
+        inherited = {
+            key: value
+            for key, value in os.environ.items()
+            if key == "RAY_worker_niceness"  # actors as nice as other tests', which run beside them
+            or not key.startswith(("RAY_", "XDG_"))
+        }
         with (self.home / log).open("ab") as output:
             return subprocess.Popen(
                 [*self._entered(), *command],

@@ -10,17 +10,15 @@ import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import pytest
-import ray
 import yaml
 
 from actors.deployment import Deployment
 from cluster.grafana import ROWS
 from cluster.manifests_watch import alerts
-from tests.e2e.conftest import free_port
+from tests.e2e.conftest import free_port, ray_session
 from tests.e2e.pictures import ask, png
 
 pytestmark = pytest.mark.cluster
@@ -59,8 +57,7 @@ def prometheus(tiny: Deployment, tmp_path_factory: pytest.TempPathFactory) -> It
         pytest.skip("prometheus is not installed (Debian's package of this name)")
     folder = tmp_path_factory.mktemp("prometheus")
     (folder / "rules.yaml").write_text(yaml.safe_dump(RULES))
-    session = Path(ray._private.worker.global_worker.node.get_session_dir_path())
-    nodes = [{"files": [str(session / "prom_metrics_service_discovery.json")]}]
+    nodes = [{"files": [str(ray_session() / "prom_metrics_service_discovery.json")]}]
     gateways = [{"targets": [tiny.http_url.removeprefix("http://")]}]
     configuration = {
         "global": {"scrape_interval": "2s", "evaluation_interval": "1s"},
