@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import secrets
 import socket
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,12 @@ CONFIG = ROOT / "configs" / "tiny_cpu.yaml"
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nobody has: below those that a connection may be given before it is used, above Ray's workers'."""
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 _kept: list[Deployment] = []  # the plain deployment, for the modules that want it one after the other
