@@ -85,7 +85,8 @@ class EngineParts:
         if self._config.transport_kind == "p2p":
             deadline_s = self._config.transport.deadline_s
             self._p2p = P2PDispatcher(member.number, deadline_s, member.tell_slot_lost)
-            self._gate = gate = P2PGate(self._p2p, self._text_config.hidden_size, self._dtype)
+            width = self._text_config.hidden_size
+            self._gate = gate = P2PGate(self._p2p, width, self._dtype, lanes_on=member.lanes_on)
             self._engine = self._make_engine(self._decoder, self._kv, self._p2p, gate, outbox)
         else:
             collective = self._gate = CollectiveGate(member.form_group, member.tell_group_broken)

@@ -140,7 +140,9 @@ class ExpertActor:
         member, width = self._member, self._text_config.hidden_size
         self._reporter = asyncio.create_task(report_regularly(self._report_metrics))
         if member.config.transport_kind == "p2p":
-            server = ExpertServer(self._experts, self._slot, width, self._dtype, secret, member.node_ip)
+            server = ExpertServer(
+                self._experts, self._slot, width, self._dtype, secret, member.node_ip, lanes_on=member.lanes_on
+            )
             self._p2p = server
             member.start(server.run)
             return server.address

@@ -57,6 +57,7 @@ class Member:
         self.name = f"{kind}-{number}"
         self.config = config
         self.device = torch.device(role.device)
+        self.lanes_on = self.device if self.device.type == "cuda" else None  # for rows of the p2p transport
         self.node_ip = ray.util.get_node_ip_address()
         self.state = "starting"
         self.loaded = (0, 0)  # bytes done, bytes in all

@@ -15,6 +15,7 @@ from bench.burst import Watched
 from bench.clients import Client, over_grpc
 from bench.common import Cell, JsonFile, Report
 from bench.load import Ask
+from bench.priority import before_the_server
 from herder.v1 import control_pb2 as pb
 from herder.v1 import control_pb2_grpc
 
@@ -96,9 +97,10 @@ def main(
     def watch(change: Callable[[], object]) -> tuple[list[float], float]:
         return over_grpc(address, lambda client: pauses_during(client, asks, change))
 
-    rows = [row(what, *watch(change)) for what, change in changes.items()]
+    with before_the_server() as precedence:
+        rows = [row(what, *watch(change)) for what, change in changes.items()]
     report = Report(f"{streams} streams")
-    report.add("from token to token of any stream", rows)
+    report.add("from token to token of any stream", rows, precedence)
     report.save(json_file)
 
 

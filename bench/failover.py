@@ -17,6 +17,7 @@ from bench.burst import Watched
 from bench.clients import Client, over_grpc
 from bench.common import Cell, JsonFile, Report
 from bench.load import Ask
+from bench.priority import before_the_server
 from herder.v1 import control_pb2, control_pb2_grpc
 
 _BEGUN = 0.3  # of all tokens have come when the actor is killed
@@ -99,16 +100,16 @@ def main(
     def watch(harm: Callable[[], object]) -> tuple[float, float]:
         return over_grpc(address, lambda client: longest_pause(client, asks, harm))
 
-    undisturbed = [watch(lambda: None) for _ in range(calm)]
     killed = []
-    for name, pid in victims(deployment, role, kills):
-        killed.append(watch(lambda pid=pid: os.kill(pid, signal.Signals[f"SIG{by}"])))  # type: ignore[misc]
-        deployment.until_replaced(name, pid)
+    with before_the_server() as precedence:
+        undisturbed = [watch(lambda: None) for _ in range(calm)]
+        for name, pid in victims(deployment, role, kills):
+            killed.append(watch(lambda pid=pid: os.kill(pid, signal.Signals[f"SIG{by}"])))  # type: ignore[misc]
+            deployment.until_replaced(name, pid)
     report = Report(f"{streams} streams of {tokens} tokens")
     rows = [row("nobody killed", undisturbed), row(f"{role}, SIG{by}", killed)]
-    report.add(
-        "pauses of any stream", rows, f"from token to token, within {_AFTER_S:g} s; every stream came to its end"
-    )
+    note = f"from token to token, within {_AFTER_S:g} s; every stream came to its end; {precedence}"
+    report.add("pauses of any stream", rows, note)
     report.save(json_file)
 
 

@@ -14,7 +14,7 @@ from cluster.plan_units import count
 
 if TYPE_CHECKING:  # torch comes with it: not for `herder --help`
     from cli.preflight import Plan
-    from cluster.config import VisionConfig
+    from cluster.config import DeploymentConfig, VisionConfig
     from engine.image_spec import ImageSpec
 
 ConfigPath = Annotated[Path, typer.Argument(metavar="CONFIG", help="The deployment's YAML file.", show_default=False)]
@@ -65,12 +65,19 @@ def summary(plan: Plan) -> Table:
         f"at most {count(each * max(held))} parameters"
         + (f"; {copies:g} copies of an expert on average, {config.experts.replicas} at least" if copies > 1 else ""),
         "images": "none are taken" if plan.images is None else images(plan.images, config.vision),
-        "transport": "p2p over sockets" if config.transport_kind == "p2p" else f"all_to_all by {config.data_backend}",
+        "transport": way(config),
         "HTTP": f"{config.gateway.host}:{config.gateway.http_port}",
         "gRPC": f"{config.gateway.host}:{config.gateway.grpc_port}, {config.gateway.grpc.mode}"
         + (" with TLS" if config.gateway.grpc.tls else ""),
     }
     return named_lines(rows)
+
+
+def way(config: DeploymentConfig) -> str:
+    """How rows travel."""
+    if config.transport_kind == "all_to_all":
+        return f"all_to_all by {config.data_backend}"
+    return "p2p over sockets" if config.attention.device == "cpu" else f"p2p, rows by {config.data_backend}"
 
 
 def images(spec: ImageSpec, vision: VisionConfig) -> str:

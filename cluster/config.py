@@ -202,14 +202,14 @@ class DeploymentConfig(_Section):
 
     @property
     def transport_kind(self) -> Literal["p2p", "all_to_all"]:
-        """How rows travel: by sockets straight to the experts' holders, or by collectives."""
+        """How rows travel: straight to the experts' holders, or by collectives."""
         if self.transport.kind == "auto":
             return "all_to_all" if self.attention.device == "cuda" else "p2p"
         return self.transport.kind
 
     @property
     def data_backend(self) -> Literal["gloo", "nccl"]:
-        """What carries the rows of collectives: NCCL between GPUs, gloo between CPUs."""
+        """What carries rows that do not travel by sockets: NCCL between GPUs, gloo between CPUs."""
         return "nccl" if self.attention.device == "cuda" else "gloo"
 
 

@@ -26,8 +26,6 @@ def cross_problems(config: DeploymentConfig) -> Iterator[str]:
             yield f"{name}.num_gpus must be 0 or 1, not {role.num_gpus:g}: NCCL needs a GPU of its own for each actor"
     if config.attention.device != config.experts.device:
         yield "attention.num_gpus and experts.num_gpus must be equal: tokens travel between devices of one kind"
-    if config.transport.kind == "p2p" and "cuda" in (config.attention.device, config.experts.device):
-        yield "transport.kind p2p carries rows between CPUs only: with num_gpus above 0 use all_to_all, or auto"
     if config.transport.micro_batches == 2 and config.transport_kind == "all_to_all":
         yield (
             "transport.micro_batches 2 needs transport.kind p2p: with all_to_all every member enters each layer's "

@@ -3,7 +3,7 @@
 Before anything else both ends prove that they know the cluster's secret, by HMAC-SHA256 over fresh nonces:
 
     server -> client  challenge  nonce
-    client -> server  hello      source, width, dtype, nonce, proof
+    client -> server  hello      source, width, dtype, way of the rows, nonce, proof
     server -> client  verdict    1 byte, proof
 
 All three have a fixed length, so nobody can make the other side keep more. Each proof covers a role, both nonces, the
@@ -26,13 +26,14 @@ from struct import Struct
 
 import torch
 
+from dispatch.lanes import Lane
 from dispatch.topology import SlotAddress
 from dispatch.wire import DTYPE_CODES
 
 _CHALLENGE = b"HRDR\x01\x00\x00\x00"
 _NONCE_BYTES = 32
 _PROOF_BYTES = 32
-_HELLO = Struct("<IIB")
+_HELLO = Struct("<IIBB")
 CHALLENGE_BYTES = len(_CHALLENGE) + _NONCE_BYTES
 HELLO_BYTES = _HELLO.size + _NONCE_BYTES + _PROOF_BYTES
 _VERDICT_BYTES = 1 + _PROOF_BYTES
@@ -47,15 +48,31 @@ class HandshakeFailed(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
-    """Who asks, and what rows it sends: width in elements."""
+class RowFormat:
+    """What rows a server computes with, or a client sends: width in elements.
 
-    source: int
+    `lanes_on`: they travel by lanes and lie on this device; None: by the socket, and on the CPU.
+    """
+
     width: int
     dtype: torch.dtype
+    lanes_on: torch.device | None = None
+
+    @property
+    def code(self) -> tuple[int, int, int]:
+        """What both ends have to have in common."""
+        return self.width, DTYPE_CODES[self.dtype], int(self.lanes_on is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """Who asks, and what rows it sends."""
+
+    source: int
+    rows: RowFormat
 
     def pack(self) -> bytes:
-        return _HELLO.pack(self.source, self.width, DTYPE_CODES[self.dtype])
+        return _HELLO.pack(self.source, *self.rows.code)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +93,21 @@ class Identity:
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """An authenticated connection to a slot's server; the socket does not block."""
+    """An authenticated connection to a slot's server; the socket does not block.
+
+    Attributes:
+        lane: by which rows travel, if not by the socket.
+    """
 
     slot: int
     incarnation: str
     socket: socket.socket
+    lane: Lane | None = None
+
+    def close(self) -> None:
+        self.socket.close()
+        if self.lane is not None:
+            self.lane.close()
 
 
 class Listener:
@@ -140,12 +167,12 @@ class Handshake:
 
     Args:
         identity: of the server.
-        width, dtype: of the rows that it computes with.
+        rows: that it computes with.
     """
 
-    def __init__(self, identity: Identity, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, identity: Identity, rows: RowFormat) -> None:
         self._identity = identity
-        self._rows = width, DTYPE_CODES[dtype]
+        self._rows = rows.code
         self._nonce = os.urandom(_NONCE_BYTES)
         self.challenge = _CHALLENGE + self._nonce
 
@@ -197,7 +224,9 @@ def connect(
         if not hmac.compare_digest(expected, answer[1:]):
             raise HandshakeFailed(f"slot {slot}'s server does not know the cluster's secret")
         if verdict != _ACCEPTED:
-            raise HandshakeFailed(f"slot {slot} computes with rows of another width or type than {hello}")
+            raise HandshakeFailed(
+                f"slot {slot} computes with rows of another width or type, or by another way, than {hello}"
+            )
         peer.setblocking(False)
         return Connection(slot, address.incarnation, peer)
     except BaseException:

@@ -8,29 +8,25 @@ Nothing here blocks on one client. A client whose answers it does not take is no
 one that sends nonsense is cut off; one that does not prove the secret within two seconds too.
 """
 
-import contextlib
 import logging
 import select
-import socket
 import time
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from dispatch.connections import Handshake, HandshakeFailed, Identity, Listener, socket_path, tune
+from dispatch.connections import RowFormat
 from dispatch.faults import Faults
-from dispatch.requests import Request, compute_together
+from dispatch.reception import Reception
+from dispatch.requests import Request, Results, compute_on_device, compute_together
 from dispatch.routing import GroupedExperts
-from dispatch.server_peer import Newcomer, Peer, PeerGone
+from dispatch.server_peer import Peer, PeerGone
 from dispatch.stats import ServerStats
 from dispatch.topology import SlotAddress
 from dispatch.wire import Refusal, encode_answer, refusal_text
 
 _log = logging.getLogger(__name__)
-_MAX_NEWCOMERS = 64
-_HANDSHAKE_S = 2.0
 _ACTIVE_S = 0.01  # a source that has asked within this time is likely to ask again soon
 _WAIT_SHARE = 0.25  # of a computation's time, at most, is spent waiting for company
 _SMOOTHING = 0.1
@@ -46,13 +42,14 @@ class ExpertServer:
     """Serves until stop(). run() needs a thread of its own; `allow`, `stop` and reading are for any.
 
     Args:
-        experts: computes, on the CPU.
+        experts: computes.
         slot: this server's slot.
         width, dtype: of a row.
         secret: the cluster's; who does not know it is not served.
         host: the node's cluster address; nothing else is listened on.
         unix: also listen on a Unix socket.
         batch_wait_s: the longest wait for other sources' rows of the same layer.
+        lanes_on: rows travel by lanes, and are computed on this device; None: by the sockets, and on the CPU.
         faults: what shall go wrong, for tests and drills.
 
     Attributes:
@@ -73,35 +70,31 @@ class ExpertServer:
         host: str,
         unix: bool = True,
         batch_wait_s: float = 0.0003,
+        lanes_on: torch.device | None = None,
         faults: Faults | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.stats = ServerStats()
         self._experts = experts
-        self._width = width
-        self._dtype = dtype
+        self._compute_together: Callable[[GroupedExperts, int, Sequence[Request]], Sequence[Results]] = (
+            compute_together if lanes_on is None else compute_on_device
+        )
+        self._slot = slot
         self._batch_wait_s = batch_wait_s
         self.faults = faults
         self._clock = clock
-        self._identity = Identity(slot, uuid.uuid4().hex, secret)
-        self._listener = Listener(host, socket_path(secret, slot) if unix else None, self._identity.incarnation)
         self._allowed = _Allowed({}, 0)
-        self._newcomers: dict[int, Newcomer] = {}  # by fd, oldest first
         self._peers: dict[int, Peer] = {}  # by fd
         self._waiting: list[Peer] = []  # with a request that is not computed, oldest first
         self._compute_s = 0.0  # of one batch, smoothed
         self._stopping = False
         self._poll = select.epoll()
-        self._woken, self._waker = socket.socketpair()
-        self._waker.setblocking(False)
-        self._listening = {listening.fileno(): listening for listening in self._listener.sockets}
-        for fd in (self._woken.fileno(), *self._listening):
-            self._poll.register(fd, select.EPOLLIN)
+        self._reception = Reception(self._poll, slot, RowFormat(width, dtype, lanes_on), secret, host, unix, clock)
 
     @property
     def address(self) -> SlotAddress:
         """Where it listens; the incarnation is this object's own."""
-        return self._listener.address
+        return self._reception.address
 
     def allow(self, held: Mapping[int, tuple[int, ...]], min_epoch: int) -> None:
         """From now on, answer messages of `min_epoch` or later for experts `held` (layer -> experts); refuse others."""
@@ -116,7 +109,7 @@ class ExpertServer:
         try:
             with torch.inference_mode():
                 while not self._stopping:
-                    self._take_in(0 if self._waiting else self._patience())
+                    self._take_in(0 if self._waiting else self._reception.patience())
                     if self._waiting:
                         self._wait_for_company()
                         self._serve_layer()
@@ -126,80 +119,47 @@ class ExpertServer:
     def stop(self) -> None:
         """End run() after what it is computing. May be called again."""
         self._stopping = True
-        with contextlib.suppress(OSError):  # run() has ended, or has many such wishes to read
-            self._waker.send(b"\0")
+        self._reception.wake()
 
     # ---- what comes in
-
-    def _patience(self) -> float | None:
-        """Seconds until a handshake is overdue; None if there is none."""
-        oldest = next(iter(self._newcomers.values()), None)
-        return None if oldest is None else max(oldest.since + _HANDSHAKE_S - self._clock(), 0.0)
 
     def _take_in(self, timeout_s: float | None) -> None:
         """Wait for events and handle them; adds to `_waiting`."""
         for fd, events in self._poll.poll(timeout_s):
             if (peer := self._peers.get(fd)) is not None:
                 self._attend(peer, events)
-            elif (newcomer := self._newcomers.get(fd)) is not None:
-                self._greet(newcomer)
-            elif fd in self._listening:
-                self._accept(self._listening[fd])
-        if self._newcomers:
-            now = self._clock()
-            for newcomer in [n for n in self._newcomers.values() if now - n.since >= _HANDSHAKE_S]:
-                self._turn_away(newcomer)
-
-    def _accept(self, listening: socket.socket) -> None:
-        try:
-            accepted, _ = listening.accept()
-        except OSError:  # it has gone again
-            return
-        accepted.setblocking(False)
-        tune(accepted)
-        if len(self._newcomers) == _MAX_NEWCOMERS:  # the oldest: an honest one needs a millisecond
-            self._turn_away(next(iter(self._newcomers.values())))
-        handshake = Handshake(self._identity, self._width, self._dtype)
-        newcomer = self._newcomers[accepted.fileno()] = Newcomer(accepted, handshake, self._clock())
-        self._poll.register(accepted.fileno(), select.EPOLLIN)
-        if not newcomer.send(handshake.challenge):
-            self._turn_away(newcomer)
-
-    def _greet(self, newcomer: Newcomer) -> None:
-        try:
-            source = newcomer.receive()
-        except (HandshakeFailed, OSError) as error:
-            _log.warning("slot %d turns a peer away: %s", self._identity.slot, error)
-            self._turn_away(newcomer)
-            return
-        if source is not None:
-            del self._newcomers[newcomer.fd]
-            self._peers[newcomer.fd] = Peer(newcomer.socket, source, self._width, self._dtype)
-
-    def _turn_away(self, newcomer: Newcomer) -> None:
-        del self._newcomers[newcomer.fd]
-        self._poll.unregister(newcomer.fd)
-        newcomer.socket.close()
+            else:
+                for newcomer in self._reception.attend(fd):
+                    self._peers.update(dict.fromkeys(newcomer.fds, newcomer))
+        self._reception.turn_late_ones_away()
 
     def _attend(self, peer: Peer, events: int) -> None:
+        heeded = select.EPOLLOUT if peer.sending else peer.heeds
         try:
-            if events & select.EPOLLOUT and peer.flush():
-                self._poll.modify(peer.fd, select.EPOLLIN)
-                if peer.look(self._clock()):
-                    self._waiting.append(peer)
+            if events & select.EPOLLOUT and peer.flush() and peer.look(self._clock()):
+                self._waiting.append(peer)
             if peer.idle and not peer.sending and peer.receive(self._clock()):
                 self._waiting.append(peer)
         except PeerGone as error:
             self._part_from(peer, error)
+        else:
+            self._heed(peer, heeded)
+
+    def _heed(self, peer: Peer, heeded: int) -> None:
+        """Poll its socket for what it waits for by now, if that is no longer what it was."""
+        heeds = select.EPOLLOUT if peer.sending else peer.heeds
+        if heeds != heeded:
+            self._poll.modify(peer.fd, heeds)
 
     def _part_from(self, peer: Peer, error: PeerGone) -> None:
         if not error.closed_by_peer:
-            _log.warning("slot %d cuts attention %d off: %s", self._identity.slot, peer.source, error)
-        del self._peers[peer.fd]
+            _log.warning("slot %d cuts attention %d off: %s", self._slot, peer.source, error)
         if peer in self._waiting:
             self._waiting.remove(peer)
-        self._poll.unregister(peer.fd)
-        peer.socket.close()
+        for fd in peer.fds:
+            del self._peers[fd]
+            self._poll.unregister(fd)
+        peer.close()
 
     def _wait_for_company(self) -> None:
         """If other sources were active just now, let their rows arrive too."""
@@ -248,15 +208,15 @@ class ExpertServer:
         requests = [peer.request for peer in peers]
         start = self._clock()
         try:
-            results = compute_together(self._experts, layer, requests)
+            results = self._compute_together(self._experts, layer, requests)
         except Exception:
-            _log.exception("slot %d: the experts of layer %d failed", self._identity.slot, layer)
+            _log.exception("slot %d: the experts of layer %d failed", self._slot, layer)
             for peer in peers:
                 self._refuse(peer, Refusal.FAILED, "the experts failed")
             return
         took = self._clock() - start
-        for peer, pieces in zip(peers, results, strict=True):
-            self._answer(peer, encode_answer(peer.request.header), pieces)
+        for peer, found in zip(peers, results, strict=True):
+            self._answer(peer, encode_answer(peer.request.header), found)
         self._compute_s += _SMOOTHING * (took - self._compute_s)
         self.stats.count(layer, requests)
 
@@ -265,27 +225,23 @@ class ExpertServer:
         self.stats.refused += 1
         self._answer(peer, encode_answer(asked, refusal), [memoryview(refusal_text(text, asked))])
 
-    def _answer(self, peer: Peer, head: bytes, pieces: list[memoryview]) -> None:
+    def _answer(self, peer: Peer, head: bytes, results: Results) -> None:
         header = peer.request.header
         struck: bytes | None = head
         if self.faults is not None:
             struck = self.faults.strike(header.step, header.layer, head)
+        heeded = peer.heeds
         try:
-            if peer.answer([] if struck is None else [memoryview(struck), *pieces]):
-                self._poll.modify(peer.fd, select.EPOLLOUT)
-            elif peer.look(self._clock()):  # its next request has come with the last
+            if not peer.answer(struck, results) and peer.look(self._clock()):  # its next request has come with the last
                 self._waiting.append(peer)
         except PeerGone as error:
             self._part_from(peer, error)
+        else:
+            self._heed(peer, heeded)
 
     def _close(self) -> None:
-        for newcomer in self._newcomers.values():
-            newcomer.socket.close()
         for peer in self._peers.values():
-            peer.socket.close()
-        self._newcomers.clear()
+            peer.close()
         self._peers.clear()
-        self._listener.close()
+        self._reception.close()
         self._poll.close()
-        self._woken.close()
-        self._waker.close()

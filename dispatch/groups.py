@@ -119,11 +119,8 @@ class EpochGroup:
             raise ValueError("rows on a GPU travel by NCCL, and this torch is built without NCCL")
         try:
             scope = PrefixStore(f"epoch/{epoch}", store.meeting)
-            control = _gloo_group(PrefixStore("control", scope), rank, world.size, address, timeout_s)
-            if device.type == "cuda":
-                data = _nccl_group(PrefixStore("data", scope), rank, world.size, device, timeout_s)
-            else:
-                data = _gloo_group(PrefixStore("data", scope), rank, world.size, address, timeout_s)
+            control = make_group(PrefixStore("control", scope), rank, world.size, _CPU, address, timeout_s)
+            data = make_group(PrefixStore("data", scope), rank, world.size, device, address, timeout_s)
         except RuntimeError as error:
             raise GroupBroken(epoch, f"forming as {world.name(rank)}", error) from error
         return cls(epoch, world, rank, store, control, data, device)
@@ -179,6 +176,15 @@ class EpochGroup:
         if self._data is not None and self.device.type == "cuda":
             self._data.abort()  # NCCL's own teardown hangs with a dead peer
         self._control = self._data = None
+
+
+def make_group(
+    store: Store, rank: int, size: int, device: torch.device, address: str, timeout_s: float
+) -> ProcessGroup:
+    """A group over `store`: of NCCL between GPUs, else of gloo, which listens on `address`. Raises RuntimeError."""
+    if device.type == "cuda":
+        return _nccl_group(store, rank, size, device, timeout_s)
+    return _gloo_group(store, rank, size, address, timeout_s)
 
 
 def _gloo_group(store: Store, rank: int, size: int, address: str, timeout_s: float) -> ProcessGroup:

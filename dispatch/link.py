@@ -3,6 +3,7 @@
 Shape legend: T tokens, K top-k, N = T*K rows, D hidden width.
 """
 
+import select
 import socket
 from array import array
 from collections import deque
@@ -58,7 +59,7 @@ class Batch:
     def make_room(self) -> None:
         """Room for the results; made when the rows are on their way, since those are what is waited for."""
         tokens, width = self.x_TD.shape
-        self.y_TKD = torch.empty((tokens, self.top_k, width), dtype=self.x_TD.dtype)
+        self.y_TKD = torch.empty((tokens, self.top_k, width), dtype=self.x_TD.dtype, device=self.x_TD.device)
 
     def results(self) -> Tensor:
         """y_TKD, when no part is open: zeros for lost rows."""
@@ -91,11 +92,15 @@ class Part:
             self.entries += (expert, len(rows))
             self.rows += rows
 
+    @property
+    def tokens(self) -> list[int]:
+        """Of each of its rows."""
+        top_k = self.batch.top_k
+        return self.rows if top_k == 1 else [row // top_k for row in self.rows]
+
     def outgoing(self, head: bytes) -> Pieces:
         """Its message under this head: the rows where they lie."""
-        batch = self.batch
-        rows = self.rows if batch.top_k == 1 else [row // batch.top_k for row in self.rows]
-        return Pieces(array("B", head), batch.x_TD, rows, batch.row_bytes)
+        return Pieces(array("B", head), self.batch.x_TD, self.tokens, self.batch.row_bytes)
 
     def incoming(self, header: "array[int]") -> Pieces:
         """Room for the answer: its header, and where the results go."""
@@ -106,14 +111,19 @@ class Link:
     """Sends parts and receives their results, in the same order. All methods but close() raise LinkLost.
 
     Attributes:
+        fds: whatever it waits for shows at one of these; the first is the socket's.
         awaited: parts that are not answered, oldest first.
         heard_at: when the last byte came, or an idle link was asked.
+        heeds: what is to be polled of the socket.
     """
+
+    heeds = select.EPOLLIN
 
     def __init__(self, connection: Connection) -> None:
         self.slot = connection.slot
         self.incarnation = connection.incarnation
         self.fd = connection.socket.fileno()
+        self.fds: tuple[int, ...] = (self.fd,)
         self.awaited: deque[Part] = deque()
         self.heard_at = 0.0
         self._socket: socket.socket = connection.socket
@@ -130,7 +140,7 @@ class Link:
             self.heard_at = now
         self.awaited.append(part)
         if head is not None:
-            self._sending.append(part.outgoing(head))
+            self._sending.append(self._message(part, head))
             if len(self._sending) == 1:
                 return self.send()
         return bool(self._sending)
@@ -154,7 +164,7 @@ class Link:
         if self._receiving is None and self.awaited:
             part = self.awaited[0]
             self._results_header = encode_answer(Header.of(part.head))
-            self._receiving = part.incoming(self._header)
+            self._receiving = self._room(part)
             self._header_left = HEADER_BYTES
         return self._receiving
 
@@ -185,6 +195,12 @@ class Link:
         """Close the connection; the parts that it leaves open."""
         self._socket.close()
         return list(self.awaited)
+
+    def _message(self, part: Part, head: bytes) -> Pieces:
+        return part.outgoing(head)
+
+    def _room(self, part: Part) -> Pieces:
+        return part.incoming(self._header)
 
     def _why_refused(self) -> int:
         """The refusal of the oldest awaited part."""

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from dispatch.connections import Connection
 from dispatch.faults import Faults
+from dispatch.lane_link import LaneLink
 from dispatch.link import Batch, Link, LinkLost, Part, Run
 from dispatch.routing import share_out
 from dispatch.stats import P2PStats
@@ -98,11 +99,12 @@ class P2PDispatcher:
         for connection in connections:
             slot = connection.slot
             if named.get(slot) != connection.incarnation or slot in self._links:
-                connection.socket.close()
+                connection.close()
                 continue
-            link = self._links[slot] = Link(connection)
-            self._by_fd[link.fd] = link
-            self._poll.register(link.fd, select.EPOLLIN)
+            link = self._links[slot] = Link(connection) if connection.lane is None else LaneLink(connection)
+            for fd in link.fds:
+                self._by_fd[fd] = link
+                self._poll.register(fd, select.EPOLLIN)
         self._connections_changed()
         self._rehome()
 
@@ -115,7 +117,8 @@ class P2PDispatcher:
         """Send each row to a connected holder of its expert; returns when all is handed to the kernel.
 
         Args:
-            x_TD: rows on the CPU, of the servers' width and type; not to be changed before combine().
+            x_TD: rows of the servers' width and type, on the CPU or, with lanes, on theirs; not to be changed before
+                combine().
             expert_ids_TK: integers from 0 to E-1; K >= 1.
             layer: an MoE layer of the expert map.
 
@@ -240,7 +243,7 @@ class P2PDispatcher:
         self.stats.bytes_sent += rows * batch.row_bytes
         if unsent:
             self._sending.add(link)
-            self._poll.modify(link.fd, select.EPOLLIN | select.EPOLLOUT)
+            self._heed(link)
 
     def _pump(self) -> None:
         """Wait until something can be received or sent, or a deadline is past; do it."""
@@ -252,7 +255,7 @@ class P2PDispatcher:
             try:
                 if events & select.EPOLLOUT and not link.send():
                     self._sending.discard(link)
-                    self._poll.modify(fd, select.EPOLLIN)
+                    self._heed(link)
                 if events & ~select.EPOLLOUT:
                     self._receive(link)
             except LinkLost as loss:
@@ -269,8 +272,15 @@ class P2PDispatcher:
         """When a link will have been silent for too long; there is one that is awaited."""
         return min(link.heard_at for link in self._links.values() if link.awaited) + self._deadline_s
 
+    def _heed(self, link: Link) -> None:
+        """Poll its socket for what it waits for by now."""
+        self._poll.modify(link.fd, link.heeds | (select.EPOLLOUT if link in self._sending else 0))
+
     def _receive(self, link: Link) -> None:
+        heeded = link.heeds
         part, refusal = link.receive(self._clock())
+        if link.heeds != heeded:
+            self._heed(link)
         if part is None:
             return
         if not refusal:
@@ -289,7 +299,9 @@ class P2PDispatcher:
         self._on_lost(link.slot, link.incarnation, reason)
 
     def _drop(self, link: Link) -> None:
-        del self._links[link.slot], self._by_fd[link.fd]
+        del self._links[link.slot]
         self._sending.discard(link)
-        self._poll.unregister(link.fd)
+        for fd in link.fds:
+            del self._by_fd[fd]
+            self._poll.unregister(fd)
         self._orphans += link.close()

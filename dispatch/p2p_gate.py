@@ -6,16 +6,18 @@ installs what is ready, between two steps.
 """
 
 import logging
+import socket
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
-from dispatch.connections import Connection, HandshakeFailed, Hello, connect
+from dispatch.connections import Connection, HandshakeFailed, Hello, RowFormat, connect
 from dispatch.epoch import GroupBroken
 from dispatch.gate import StepAnswer
+from dispatch.lanes import CLIENT, Lane, LaneBroken
 from dispatch.p2p import P2PDispatcher
 from dispatch.topology import SlotAddress, Topology
 
@@ -37,13 +39,19 @@ class P2PGate:
         dispatcher: of the same engine.
         width, dtype: of the rows that it will send.
         connect_timeout_s: for one connection, its handshake included.
+        lanes_on: rows lie on this device and travel by lanes; None: on the CPU, by the sockets.
     """
 
     def __init__(
-        self, dispatcher: P2PDispatcher, width: int, dtype: torch.dtype, connect_timeout_s: float = 2.0
+        self,
+        dispatcher: P2PDispatcher,
+        width: int,
+        dtype: torch.dtype,
+        connect_timeout_s: float = 2.0,
+        lanes_on: torch.device | None = None,
     ) -> None:
         self._dispatcher = dispatcher
-        self._hello = Hello(dispatcher.source, width, dtype)
+        self._hello = Hello(dispatcher.source, RowFormat(width, dtype, lanes_on))
         self._connect_timeout_s = connect_timeout_s
         self._rung = threading.Event()
         self._lock = threading.Lock()
@@ -137,12 +145,25 @@ class P2PGate:
 
     def _connect(self, slot: int, address: SlotAddress, secret: bytes) -> Connection | None:
         try:
-            return connect(slot, address, self._hello, secret, self._connect_timeout_s)
-        except (OSError, HandshakeFailed) as error:
+            connection = connect(slot, address, self._hello, secret, self._connect_timeout_s)
+            return connection if self._hello.rows.lanes_on is None else self._with_lane(connection, address)
+        except (OSError, HandshakeFailed, LaneBroken) as error:
             _log.warning("attention %d cannot reach slot %d: %s", self._hello.source, slot, error)
             return None
+
+    def _with_lane(self, connection: Connection, address: SlotAddress) -> Connection:
+        device = self._hello.rows.lanes_on
+        assert device is not None
+        over_tcp = connection.socket.family != socket.AF_UNIX
+        own_address = connection.socket.getsockname()[0] if over_tcp else address.host
+        try:
+            lane = Lane.form(connection.socket, CLIENT, device, own_address)
+        except BaseException:
+            connection.close()
+            raise
+        return replace(connection, lane=lane)
 
 
 def _close(connections: Sequence[Connection]) -> None:
     for connection in connections:
-        connection.socket.close()
+        connection.close()

@@ -1,13 +1,14 @@
 """Who is connected to an expert server: newcomers in their handshake, and peers that send rows."""
 
+import select
 import socket
 
 import torch
 from torch import Tensor
 
-from dispatch.connections import HELLO_BYTES, Handshake
+from dispatch.connections import HELLO_BYTES, Handshake, RowFormat
 from dispatch.pieces import MAX_PIECES
-from dispatch.requests import Request
+from dispatch.requests import Request, Results
 from dispatch.wire import (
     DTYPE_CODES,
     HEADER_BYTES,
@@ -48,6 +49,9 @@ class Newcomer:
         except OSError:
             return False
 
+    def close(self) -> None:
+        self.socket.close()
+
     def receive(self) -> int | None:
         """The source, once it has proved itself; None while its hello is incomplete.
 
@@ -66,7 +70,7 @@ class Newcomer:
             return None
         verdict, source = self._handshake.answer(self._hello)
         if not self.send(verdict) or source is None:
-            raise ConnectionResetError("it sends rows of another width or type, or takes no verdict")
+            raise ConnectionResetError("it sends rows of another width or type or by another way, or takes no verdict")
         return source
 
 
@@ -74,21 +78,26 @@ class Peer:
     """An attention rank. One message at a time: the next is looked at when the last is answered and the answer taken.
 
     Attributes:
+        fds: whatever it waits for shows at one of these; the first is the socket's.
+        heeds: what is to be polled of the socket while nothing is to be sent.
         sending: what the kernel has not taken of the answer.
         asked_at: when its last request was complete.
     """
 
-    def __init__(self, accepted: socket.socket, source: int, width: int, dtype: torch.dtype) -> None:
+    heeds = select.EPOLLIN
+
+    def __init__(self, accepted: socket.socket, source: int, rows: RowFormat) -> None:
         self.socket = accepted
         self.fd = accepted.fileno()
+        self.fds: tuple[int, ...] = (self.fd,)
         self.source = source
         self._request: Request | None = None
         self.sending: list[memoryview] = []
         self.asked_at = float("-inf")
-        self._width = width
-        self._dtype = dtype
-        self._row_bytes = width * dtype.itemsize
-        self._dtype_code = DTYPE_CODES[dtype]
+        self._width = rows.width
+        self._dtype = rows.dtype
+        self._row_bytes = rows.width * rows.dtype.itemsize
+        self._dtype_code = DTYPE_CODES[rows.dtype]
         self._memory = bytearray(_BUFFER_BYTES)
         self._buffer = memoryview(self._memory)
         self._filled = 0
@@ -132,15 +141,17 @@ class Peer:
             experts, counts = decode_entries(self._buffer, header)
         except MalformedMessage as error:
             raise PeerGone(str(error)) from error
-        x_ND = self._views.get((header.entries, header.rows))
-        if x_ND is None:
-            x_ND = self._view(header)
-        self._request = Request(header, experts, counts, x_ND)
-        self.asked_at = now
-        return True
+        return self._complete(header, experts, counts, now)
 
-    def answer(self, pieces: list[memoryview]) -> bool:
-        """Answer the request by these pieces; whether a rest waits for flush(). Raises PeerGone."""
+    def answer(self, head: bytes | None, results: Results) -> bool:
+        """Answer the request by this header (None: the answer gets lost) and what follows it; whether a rest waits for
+        flush(). Raises PeerGone."""
+        return self._put([] if head is None else [memoryview(head), *results])
+
+    def close(self) -> None:
+        self.socket.close()
+
+    def _put(self, pieces: list[memoryview]) -> bool:
         length = self._length
         self._request = self._header = None
         self.sending = pieces
@@ -165,6 +176,19 @@ class Peer:
             self.sending = rest_of(self.sending, sent)
         return True
 
+    def _complete(self, header: Header, experts: tuple[int, ...], counts: tuple[int, ...], now: float) -> bool:
+        """All of a message's bytes are here; whether that makes a request."""
+        x_ND = self._views.get((header.entries, header.rows))
+        if x_ND is None:
+            x_ND = self._view(header)
+        self._request = Request(header, experts, counts, x_ND)
+        self.asked_at = now
+        return True
+
+    def _length_of(self, header: Header) -> int:
+        """Of the message, on the socket."""
+        return header.length
+
     def _view(self, header: Header) -> Tensor:
         """The rows of a message of this shape, where they lie in the buffer; kept, as shapes come again and again."""
         if len(self._views) >= _MAX_VIEWS:
@@ -178,9 +202,9 @@ class Peer:
         header = decode_header(self._buffer, self._dtype_code, self._row_bytes, MAX_ENTRIES)
         if header.kind != Kind.ROWS or header.source != self.source:
             raise MalformedMessage(f"kind {header.kind} from source {header.source}, expected rows from {self.source}")
-        self._header, self._length = header, header.length
-        if header.length > len(self._buffer):
-            self._grow(header.length, at=0)
+        self._header, self._length = header, self._length_of(header)
+        if self._length > len(self._buffer):
+            self._grow(self._length, at=0)
         return header
 
     def _grow(self, size: int, at: int) -> None:

@@ -59,6 +59,7 @@ def test_only_the_model_is_required(tmp_path: Path) -> None:
         ("transport: {kind: p2p}", "p2p"),
         ("transport: {kind: all_to_all}", "all_to_all"),
         ("attention: {num_gpus: 1}\nexperts: {num_gpus: 1}", "all_to_all"),
+        ("attention: {num_gpus: 1}\nexperts: {num_gpus: 1}\ntransport: {kind: p2p}", "p2p"),
     ],
 )
 def test_the_device_decides_the_transport_unless_it_is_named(tmp_path: Path, sections: str, kind: str) -> None:
@@ -69,13 +70,6 @@ def test_off_needs_no_quotes(tmp_path: Path) -> None:
     # YAML 1.1 reads a bare off as false.
     assert load_config(write(tmp_path, MINIMAL + "balance: {mode: off}")).balance.mode == "off"
     assert load_config(write(tmp_path, MINIMAL), ["balance.mode=auto", "balance.mode=off"]).balance.mode == "off"
-
-
-def test_sockets_carry_no_rows_between_gpus(tmp_path: Path) -> None:
-    text = "attention: {num_gpus: 1}\nexperts: {num_gpus: 1}\ntransport: {kind: p2p}\n"
-    assert problems(tmp_path, MINIMAL + text) == [
-        "transport.kind p2p carries rows between CPUs only: with num_gpus above 0 use all_to_all, or auto"
-    ]
 
 
 def test_two_micro_batches_need_sockets(tmp_path: Path) -> None:

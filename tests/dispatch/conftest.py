@@ -1,8 +1,10 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from dispatch.store import host_store
+from tests.dispatch import p2p_world
 from tests.dispatch.pool import Pool
 
 
@@ -28,3 +30,11 @@ _epochs = iter(range(10**6))
 def epoch() -> int:
     """First of a thousand epochs that no other test uses."""
     return 1000 * next(_epochs)
+
+
+@pytest.fixture(scope="module", params=["sockets", "lanes"])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How rows of the p2p transport travel: by its sockets, or as between GPUs, over gloo instead of NCCL."""
+    p2p_world.lanes_on = torch.device("cpu") if request.param == "lanes" else None
+    yield request.param
+    p2p_world.lanes_on = None

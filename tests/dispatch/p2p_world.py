@@ -24,6 +24,7 @@ from tests.dispatch.pool import start_process
 # Names the sockets too, so each of pytest-xdist's workers needs its own; processes of a test inherit it.
 SECRET = f"of the tests {os.environ.get('PYTEST_XDIST_WORKER', '')}".encode()
 HOST = "127.0.0.1"
+lanes_on: torch.device | None = None  # how rows travel in the tests that are under way, see `way` in conftest.py
 
 
 class Attention:
@@ -41,7 +42,7 @@ class Attention:
         self.losses: list[tuple[int, str, str]] = []
         faults = Faults(script, "attention", source) if script else None
         self.dispatcher = P2PDispatcher(source, deadline_s, lambda *loss: self.losses.append(loss), faults)
-        self.gate = P2PGate(self.dispatcher, width, dtype, connect_timeout_s)
+        self.gate = P2PGate(self.dispatcher, width, dtype, connect_timeout_s, lanes_on)
 
     def adopt(self, topology: Topology) -> StepAnswer:
         """Returns when it is installed."""
@@ -74,7 +75,9 @@ class Servers:
         **options: Any,
     ) -> SlotAddress:
         faults = Faults(script, "expert", slot) if script else None
-        server = ExpertServer(experts or RowwiseExperts(), slot, width, dtype, SECRET, HOST, faults=faults, **options)
+        rows = width, dtype
+        options |= {"faults": faults, "lanes_on": lanes_on}
+        server = ExpertServer(experts or RowwiseExperts(), slot, *rows, SECRET, HOST, **options)
         server.allow(expert_map.experts_of(slot), min_epoch=0)
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
@@ -104,7 +107,7 @@ class Servers:
 @contextmanager
 def process(slot: int, expert_map: ExpertMap, script: Sequence[Fault] = ()) -> Iterator[tuple[int, SlotAddress]]:
     """A server in a process of its own, which can be killed or stopped: its pid and address."""
-    child, pipe = start_process(_serve, slot, expert_map, tuple(script))
+    child, pipe = start_process(_serve, slot, expert_map, tuple(script), lanes_on)
     try:
         assert pipe.poll(60), "the server has not started"
         yield child.pid, pipe.recv()
@@ -113,10 +116,12 @@ def process(slot: int, expert_map: ExpertMap, script: Sequence[Fault] = ()) -> I
         child.join()
 
 
-def _serve(pipe: Pipe, slot: int, expert_map: ExpertMap, script: Sequence[Fault]) -> None:
+def _serve(
+    pipe: Pipe, slot: int, expert_map: ExpertMap, script: Sequence[Fault], lanes_on: torch.device | None
+) -> None:
     torch.set_num_threads(1)
-    faults = Faults(script, "expert", slot) if script else None
-    server = ExpertServer(RowwiseExperts(), slot, WIDTH, torch.float32, SECRET, HOST, unix=False, faults=faults)
+    options: dict[str, Any] = {"faults": Faults(script, "expert", slot) if script else None, "lanes_on": lanes_on}
+    server = ExpertServer(RowwiseExperts(), slot, WIDTH, torch.float32, SECRET, HOST, unix=False, **options)
     server.allow(expert_map.experts_of(slot), min_epoch=0)
     pipe.send(server.address)
     server.run()

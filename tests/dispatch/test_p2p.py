@@ -20,6 +20,8 @@ from dispatch.topology import Topology
 from tests.dispatch.members import LAYERS, NUM_EXPERTS, SLOT_IDS, WIDTH, RowwiseExperts, make_map
 from tests.dispatch.p2p_world import SECRET, Attention, Servers
 
+pytestmark = pytest.mark.usefixtures("way")
+
 
 @pytest.fixture
 def servers() -> Iterator[Servers]:
@@ -172,7 +174,7 @@ def test_full_buffers_everywhere_do_not_stand_still() -> None:
     assert not failures
 
 
-def test_rows_of_several_sources_are_computed_together(servers: Servers) -> None:
+def test_rows_of_several_sources_are_computed_together(servers: Servers, way: str) -> None:
     class Slow(RowwiseExperts):
         def __call__(self, *arguments: object) -> Tensor:  # type: ignore[override]
             time.sleep(0.05)
@@ -190,7 +192,8 @@ def test_rows_of_several_sources_are_computed_together(servers: Servers) -> None
     for rank in ranks:
         rank.close()
     stats = servers.counted()[SLOT_IDS[0]]
-    assert stats.requests == 12 and stats.batches <= 6
+    # By lanes they take a little longer, so that the first may be computed alone.
+    assert stats.requests == 12 and stats.batches <= {"sockets": 6, "lanes": 9}[way]
 
 
 def test_nobody_uses_the_cpu_when_idle(servers: Servers) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dispatch.connections import HandshakeFailed, Hello, connect
+from dispatch.connections import HandshakeFailed, Hello, RowFormat, connect
 from dispatch.topology import SlotAddress, Topology
 from tests.dispatch.members import WIDTH
 from tests.dispatch.p2p_world import HOST, SECRET, Attention, Servers, open_fds
@@ -28,14 +28,14 @@ def servers() -> Iterator[Servers]:
 @pytest.mark.parametrize("unix", [True, False])
 def test_a_wrong_secret_another_life_and_other_rows_are_turned_away(servers: Servers, unix: bool) -> None:
     address = servers.start(0, BOTH, unix=unix)
-    hello = Hello(0, WIDTH, torch.float32)
+    hello = Hello(0, RowFormat(WIDTH, torch.float32))
     with pytest.raises((HandshakeFailed, OSError)):
         connect(0, address, hello, b"a guess", timeout_s=2)
     with pytest.raises((HandshakeFailed, OSError)):
         connect(0, replace(address, incarnation="another"), hello, SECRET, timeout_s=2)
     with pytest.raises((HandshakeFailed, OSError)):
         connect(1, address, hello, SECRET, timeout_s=2)
-    for other in (Hello(0, WIDTH + 1, torch.float32), Hello(0, WIDTH, torch.bfloat16)):
+    for other in (Hello(0, RowFormat(WIDTH + 1, torch.float32)), Hello(0, RowFormat(WIDTH, torch.bfloat16))):
         with pytest.raises(HandshakeFailed, match="width or type"):
             connect(0, address, other, SECRET, timeout_s=2)
     connect(0, address, hello, SECRET, timeout_s=2).socket.close()
@@ -56,7 +56,7 @@ def test_an_impostor_learns_nothing_and_serves_nobody(servers: Servers) -> None:
         thread = threading.Thread(target=repeat)
         thread.start()
         with pytest.raises(HandshakeFailed, match="secret"):
-            connect(0, address, Hello(0, WIDTH, torch.float32), SECRET, timeout_s=2)
+            connect(0, address, Hello(0, RowFormat(WIDTH, torch.float32)), SECRET, timeout_s=2)
         thread.join(5)
 
 

@@ -23,6 +23,8 @@ LAYER = 1
 BOTH = ExpertMap(1, {LAYER: tuple((0, 1) for _ in range(NUM_EXPERTS))})
 APART = ExpertMap(1, {LAYER: tuple((expert % 2,) for expert in range(NUM_EXPERTS))})
 
+pytestmark = pytest.mark.usefixtures("way")
+
 
 @pytest.fixture
 def servers() -> Iterator[Servers]:

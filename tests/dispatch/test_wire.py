@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dispatch.connections import Connection, Hello, connect
+from dispatch.connections import Connection, Hello, RowFormat, connect
 from dispatch.expert_map import ExpertMap
 from dispatch.server_peer import rest_of
 from dispatch.topology import SlotAddress, Topology
@@ -138,7 +138,7 @@ def test_foreign_bytes_instead_of_a_handshake(address: SlotAddress, foreign: byt
 
 
 def known(address: SlotAddress) -> Connection:
-    connection = connect(0, address, Hello(0, WIDTH, torch.float32), SECRET, timeout_s=5)
+    connection = connect(0, address, Hello(0, RowFormat(WIDTH, torch.float32)), SECRET, timeout_s=5)
     connection.socket.settimeout(5)
     return connection
 

@@ -75,7 +75,11 @@ def test_what_is_asked_for_is_done_unless_there_is_one_sequence() -> None:
     assert Machine(2).steps(3, rows=50, sequences=1) == Machine("auto").steps(3, sequences=0, rows=0) == {1: 3}
 
 
-def test_two_over_sockets_give_what_one_process_gives(checkpoint: Path, engine: SingleProcess) -> None:
+@pytest.mark.parametrize("lanes_on", [None, torch.device("cpu")], ids=["sockets", "lanes"])
+def test_two_over_p2p_give_what_one_process_gives(
+    checkpoint: Path, engine: SingleProcess, lanes_on: torch.device | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tests.dispatch.p2p_world.lanes_on", lanes_on)
     config = engine.config
     layers = {layer: tuple((e % 2,) for e in range(config.num_local_experts)) for layer in config.moe_layers}
     expert_map = ExpertMap(1, layers)
@@ -94,9 +98,10 @@ def test_two_over_sockets_give_what_one_process_gives(checkpoint: Path, engine: 
         cut.close()
         rank.close()
         counted = servers.counted()
-    expected = run(engine, [replace(request, request_id=f"{request.request_id}-whole") for request in requests])
+    again = "whole" if lanes_on is None else "whole-again"
+    expected = run(engine, [replace(request, request_id=f"{request.request_id}-{again}") for request in requests])
     for name, answer in found.items():
-        answer.check(expected[f"{name}-whole"])
+        answer.check(expected[f"{name}-{again}"])
     # The requests are decoded together nearly all of the time, in two messages a layer to each slot that is hit.
     steps = cut.engine.load().steps
     assert all(stats.requests > 1.2 * steps * len(config.moe_layers) for stats in counted.values())
