@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bench.common import apart
 from bench.local_engine import DecodeRun, LocalEngine, Shape
+from cluster.ray_environment import SHARED_CORES
 from dispatch.all_to_all import ExpertRank
 from dispatch.collective import CollectiveGate
 from dispatch.epoch import Epoch, World
@@ -50,11 +51,10 @@ _SPAWN = get_context("spawn")
 
 @dataclass(frozen=True, slots=True)
 class Roles:
-    """torch threads of each process, and OMP_WAIT_POLICY (passive: idle OpenMP threads sleep at once)."""
+    """torch threads of each process."""
 
     attention_threads: int
     expert_threads: int
-    omp_wait: str | None = None
 
 
 class _Watched:
@@ -104,7 +104,7 @@ class DistributedEngine:
                 target=_expert, args=(experts_end, path, port, roles.expert_threads, transport), daemon=True
             ),
         ]
-        with _omp_wait_policy(roles.omp_wait):
+        with _environment(roles):
             for process in self._processes:
                 process.start()
         theirs.close()
@@ -127,17 +127,16 @@ class DistributedEngine:
 
 
 @contextlib.contextmanager
-def _omp_wait_policy(policy: str | None) -> Iterator[None]:
-    """For children, whose OpenMP reads it when they load it."""
-    before = os.environ.get("OMP_WAIT_POLICY")
-    if policy is not None:
-        os.environ["OMP_WAIT_POLICY"] = policy
+def _environment(roles: Roles) -> Iterator[None]:
+    """For children, as a deployment's actors on one machine have it: OpenMP reads it when it is loaded."""
+    before = dict(os.environ)
+    if roles.attention_threads + roles.expert_threads > (os.cpu_count() or 1):
+        os.environ.update(SHARED_CORES | before)
     try:
         yield
     finally:
-        os.environ.pop("OMP_WAIT_POLICY", None)
-        if before is not None:
-            os.environ["OMP_WAIT_POLICY"] = before
+        for key in os.environ.keys() - before.keys():
+            del os.environ[key]
 
 
 def _everywhere(config: TextConfig) -> ExpertMap:

@@ -167,10 +167,6 @@ def main(
     temperature: Annotated[float, typer.Option(help="Of decoding; 0 is greedy.")] = 0.0,
     attention_threads: Annotated[int, typer.Option(help="torch threads of the distributed run.")] = 2,
     expert_threads: Annotated[int, typer.Option(help="torch threads of the distributed run.")] = 2,
-    omp_wait: Annotated[
-        str,
-        typer.Option(help="OMP_WAIT_POLICY of the distributed run; threads that spin take the other process's core."),
-    ] = "passive",
     json_file: JsonFile = None,
 ) -> None:
     """Measure the engine in one process and in two, and print how near to this machine's limits it comes."""
@@ -204,7 +200,7 @@ def main(
         title = f"1 attention ({attention_threads} threads) + 1 expert process ({expert_threads} threads)"
         transports: tuple[Transport, ...] = ("p2p", "gloo")
         for transport in transports:
-            roles = Roles(attention_threads, expert_threads, omp_wait)
+            roles = Roles(attention_threads, expert_threads)
             with closing(DistributedEngine(checkpoint, SHAPE, roles, transport)) as other:
                 report.add(f"{title}, {transport}", distributed_rows(engine, other, context, steps))
     engine.close()

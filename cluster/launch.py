@@ -19,7 +19,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 
 from cluster.config import DeploymentConfig
 from cluster.placement import RoleBundles, bundles
-from cluster.ray_environment import RAY_ENVIRONMENT
+from cluster.ray_environment import RAY_ENVIRONMENT, SHARED_CORES
 
 log = logging.getLogger("herder")
 
@@ -89,6 +89,9 @@ def connect(config: DeploymentConfig, address: str | None) -> Path | None:
         os.environ.setdefault(key, value)
     num_cpus = None
     if address is None:
+        if shares_cores(config, os.cpu_count() or 1):
+            for key, value in SHARED_CORES.items():
+                os.environ.setdefault(key, value)
         # A machine of our own holds whatever the configuration asks for, even if its actors then share cores.
         asked = sum(bundle.get("CPU", 0.0) for role in bundles(config).values() for bundle in role.bundles)
         asked += config.vision.max_replicas * config.vision.num_cpus
@@ -107,6 +110,12 @@ def connect(config: DeploymentConfig, address: str | None) -> Path | None:
     # Ray's processes inherit it. Workers that Ray starts in advance could not serve a job with a runtime_env.
     os.environ.update(ENVIRONMENT)
     return _start_local(options)
+
+
+def shares_cores(config: DeploymentConfig, cores: int) -> bool:
+    """Whether the actors' threads outnumber the cores of the one machine that they all run on."""
+    roles = (config.attention, config.experts)
+    return sum(role.actors * role.compute_threads for role in roles if role.device == "cpu") > cores
 
 
 def _start_local(options: dict[str, Any]) -> Path:

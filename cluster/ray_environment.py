@@ -6,3 +6,8 @@ RAY_ENVIRONMENT = {
     # all that serve, and streams stall.
     "RAY_worker_niceness": "0",
 }
+
+# For processes with more OpenMP threads than cores among them. libgomp lets an idle thread spin for milliseconds, on a
+# core that another process' thread waits for; asleep, as by OMP_WAIT_POLICY=passive, it is late by what a wake takes,
+# some 25 us on a virtual machine, at each of a step's hundred pieces of work. It spins about as long as that.
+SHARED_CORES = {"GOMP_SPINCOUNT": "2000"}

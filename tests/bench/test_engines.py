@@ -63,7 +63,7 @@ def test_a_stopwatch_adds_up_calls() -> None:
 @pytest.mark.cluster
 @pytest.mark.parametrize("transport", ["p2p", "gloo"])
 def test_the_distributed_engine_decodes(mini: Path, transport: Transport) -> None:
-    with closing(DistributedEngine(mini, SHAPE, Roles(1, 1, "passive"), transport)) as engine:
+    with closing(DistributedEngine(mini, SHAPE, Roles(1, 1), transport)) as engine:
         runs = [engine.decode(batch, context=20, steps=4) for batch in (1, 3)]
     assert [(run.batch, len(run.seconds)) for run in runs] == [(1, 4), (3, 4)]
     assert all(run.parts["combine"] > 0 and run.parts["dispatch"] > 0 for run in runs)
