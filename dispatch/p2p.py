@@ -2,7 +2,8 @@
 
 A row is one (token, k) pair; row r is of token r // K. Rows are sorted by slot and expert on paper only: the kernel
 gathers them from x_TD where they lie (writev) and scatters the results to where they belong (readv), so nothing is
-permuted and nothing copied. For that x_TD has to stay as it is until combine().
+permuted and nothing copied. For that x_TD has to stay as it is until combine(). Between GPUs they go by lanes, after a
+permute on the device; see lane_link.py.
 
 Each message to a slot is a *part* of a batch. A slot that is lost (its connection ends, it sends nonsense, or is silent
 for the deadline) gives its open parts back, and each expert's run of rows in them goes to another holder. Experts have

@@ -8,6 +8,8 @@ A ROWS message is answered by one RESULTS or REFUSED message with the same seria
 the order in which a connection's messages were sent. REFUSED has a text, cut or padded with zeros to the length that
 the results would have had, so that whoever has laid out room for results needs no second way of receiving.
 
+Where rows travel by lanes, no message has a payload; all else is the same.
+
 The payload has no checksum of its own: TCP's and the kernel's stand for it. The header has one because a wrong length
 would turn all that follows to nonsense.
 """
