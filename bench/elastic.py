@@ -79,7 +79,7 @@ def row(what: str, pauses: Sequence[float], took: float) -> dict[str, Cell]:
 def main(
     address: Annotated[str, typer.Option(help="gRPC endpoint of a server with two expert actors.")] = "127.0.0.1:9000",
     streams: Annotated[int, typer.Option(min=1, help="Answers at a time.")] = 64,
-    tokens: Annotated[int, typer.Option(min=2, help="Of each answer: enough to last through a change.")] = 900,
+    tokens: Annotated[int, typer.Option(min=2, help="Of each answer: enough to last through a change.")] = 1800,
     json_file: JsonFile = None,
 ) -> None:
     """Scale the experts of a running server from 2 to 4, 3 and 2 amid streams, and move one, and print the pauses."""
