@@ -45,9 +45,8 @@ class PairStore(Store):
     def get(self, key: str) -> bytes:
         """Its value, as soon as it is set."""
         while key not in self._known:
-            if self._settled:
+            if self._settled or not self._take():
                 raise ConnectionError(f"{key} was never set")
-            self._take()
         return self._known[key]
 
     def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
@@ -76,7 +75,7 @@ class PairStore(Store):
         of_key, of_value = _LENGTHS.unpack(self._receive(_LENGTHS.size))
         if of_key > _MAX_KEY or of_value > _MAX_VALUE:
             raise ConnectionError(f"a key of {of_key} and a value of {of_value} bytes are none of a store")
-        key = self._receive(of_key).decode()
+        key = self._receive(of_key).decode(errors="replace")
         self._known[key] = self._receive(of_value)
         return bool(key)
 

@@ -2,6 +2,7 @@
 
 import random
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -124,19 +125,16 @@ def test_a_store_of_two() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.binary(max_size=200))
+@given(
+    st.binary(max_size=200)
+    | st.builds(lambda key, value: struct.pack("<HI", len(key), len(value)) + key + value, st.binary(), st.binary())
+)
 def test_a_store_takes_no_harm_from_any_bytes(junk: bytes) -> None:
     ours, theirs = socket.socketpair()
     theirs.sendall(junk)
     theirs.close()
-    try:
+    with ours, pytest.raises(OSError):
         PairStore(ours, 20).get("what is not there")
-    except (OSError, UnicodeDecodeError):
-        pass
-    else:
-        raise AssertionError("a value out of nothing")
-    finally:
-        ours.close()
 
 
 def test_an_end_that_proves_itself_and_sends_nonsense_is_parted_from(
@@ -144,7 +142,7 @@ def test_an_end_that_proves_itself_and_sends_nonsense_is_parted_from(
 ) -> None:
     expert_map = make_map(1, (0,), 1)
     address = lanes_everywhere.start(0, expert_map)
-    for junk in (b"", b"\xff" * 100, random.Random(1).randbytes(5000)):
+    for junk in (b"", b"\xff" * 100, random.Random(1).randbytes(5000), b"\2\0\1\0\0\0\xff\xff1", bytes(6)):
         liar = connect(0, address, Hello(7, RowFormat(WIDTH, torch.float32, CPU)), SECRET, timeout_s=5).socket
         liar.settimeout(20)
         with liar, suppress(ConnectionResetError):
@@ -152,7 +150,7 @@ def test_an_end_that_proves_itself_and_sends_nonsense_is_parted_from(
             liar.shutdown(socket.SHUT_WR)
             while liar.recv(4096):
                 pass
-    assert caplog.text.count("parts from attention 7") == 3
+    assert caplog.text.count("parts from attention 7") == 5
     rank = Attention(0)
     rank.adopt(Topology(expert_map, {0: address}, SECRET))
     x_TD, ids_TK = batch(9, 2, 0)
