@@ -245,11 +245,11 @@ def test_nothing_leaks_over_many_reconnections(servers: Servers) -> None:
 
     for epoch in range(1, 11):
         turn(epoch)
-    before = open_fds()
+    fds, threads = open_fds(), threading.active_count()
     for epoch in range(11, 211):
         turn(epoch)
-    assert abs(open_fds() - before) <= 2
-    assert threading.active_count() < 20
+    assert abs(open_fds() - fds) <= 2
+    assert threading.active_count() <= threads + 4  # of the last lane, some are just ending
     rank.close()
 
 

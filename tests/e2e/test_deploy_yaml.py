@@ -104,10 +104,10 @@ def start_node(port: int, dashboard: int, said: Path, attempts: int = 3) -> subp
         f"--ray-client-server-port={free_port()}", "--node-ip-address=127.0.0.1",
     ]  # fmt: skip
     for _ in range(attempts):
+        # No session of its own: Linux shares CPUs out among sessions first, whatever the niceness within, so that it
+        # would take minutes beside tests that use them all.
         with said.open("w") as log:
-            node = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True, env=ENVIRONMENT
-            )
+            node = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, process_group=0, env=ENVIRONMENT)
         if comes_up(node, said):
             return node
         with contextlib.suppress(ProcessLookupError):

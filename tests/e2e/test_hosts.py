@@ -118,6 +118,7 @@ def test_a_host_that_is_cut_off_is_missed_by_nobody_and_comes_back(served, contr
     gap_s, _ = disturbed(served.grpc_address, cut, expected)
     assert gap_s < 10
     assert httpx.get(f"{served.http_url}/health/ready").status_code == 200
+    host.until_said("join", "joining again", join, BACK_S)  # the answers may have ended long before Ray gives it up
     host.plug(in_=True)
     host.until_said("join", "is in the cluster", join, BACK_S, times=2)
     control.until_whole({"expert-1": before.pid})
