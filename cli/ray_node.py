@@ -108,7 +108,9 @@ def _ray_start(
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
-        start_new_session=True,  # Ctrl-C is for us to hand on, once
+        # Ctrl-C is for us to hand on, once. No session of its own: Linux shares CPUs out among sessions first, so that
+        # a node that starts would wait for whatever another one computes, however nice that is.
+        process_group=0,
     )
     try:
         yield process
