@@ -85,13 +85,13 @@ def connect(config: DeploymentConfig, address: str | None) -> Path | None:
 
     Returns the folder of the session, with its logs and sockets, if it was started here.
     """
-    for key, value in RAY_ENVIRONMENT.items():
+    environment = dict(RAY_ENVIRONMENT)
+    if address is None and shares_cores(config, os.cpu_count() or 1):
+        environment |= SHARED_CORES
+    for key, value in environment.items():
         os.environ.setdefault(key, value)
     num_cpus = None
     if address is None:
-        if shares_cores(config, os.cpu_count() or 1):
-            for key, value in SHARED_CORES.items():
-                os.environ.setdefault(key, value)
         # A machine of our own holds whatever the configuration asks for, even if its actors then share cores.
         asked = sum(bundle.get("CPU", 0.0) for role in bundles(config).values() for bundle in role.bundles)
         asked += config.vision.max_replicas * config.vision.num_cpus

@@ -27,6 +27,7 @@ from struct import Struct
 import torch
 
 from dispatch.lanes import Lane
+from dispatch.receiving import receive_exactly
 from dispatch.topology import SlotAddress
 from dispatch.wire import DTYPE_CODES
 
@@ -213,12 +214,12 @@ def connect(
     identity = Identity(slot, address.incarnation, secret)
     peer = _open(address, timeout_s)
     try:
-        challenge = _receive(peer, CHALLENGE_BYTES, deadline, clock)
+        challenge = receive_exactly(peer, CHALLENGE_BYTES, deadline, clock)
         if not challenge.startswith(_CHALLENGE):
             raise HandshakeFailed(f"slot {slot} at {address.host}:{address.port} is no expert server")
         server_nonce, client_nonce, said = challenge[len(_CHALLENGE) :], os.urandom(_NONCE_BYTES), hello.pack()
         peer.sendall(said + client_nonce + identity.proof(b"client", server_nonce, client_nonce, said))
-        answer = _receive(peer, _VERDICT_BYTES, deadline, clock)
+        answer = receive_exactly(peer, _VERDICT_BYTES, deadline, clock)
         verdict = answer[:1]
         expected = identity.proof(b"server" + verdict, server_nonce, client_nonce, said)
         if not hmac.compare_digest(expected, answer[1:]):
@@ -248,17 +249,6 @@ def _open(address: SlotAddress, timeout_s: float) -> socket.socket:
         peer.close()
         raise
     return peer
-
-
-def _receive(peer: socket.socket, length: int, deadline: float, clock: Callable[[], float]) -> bytes:
-    data = b""
-    while len(data) < length:
-        peer.settimeout(max(deadline - clock(), 0.001))
-        more = peer.recv(length - len(data))
-        if not more:
-            raise ConnectionResetError("the server closed the connection during the handshake")
-        data += more
-    return data
 
 
 def tune(peer: socket.socket) -> None:

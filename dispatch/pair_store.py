@@ -15,6 +15,8 @@ from struct import Struct
 
 from torch._C._distributed_c10d import Store
 
+from dispatch.receiving import receive_exactly, time_left
+
 _LENGTHS = Struct("<HI")
 _MAX_KEY, _MAX_VALUE = 1 << 10, 1 << 20
 
@@ -67,7 +69,7 @@ class PairStore(Store):
 
     def _send(self, key: str, value: bytes) -> None:
         name = key.encode()
-        self._peer.settimeout(self._left())
+        self._peer.settimeout(time_left(self._deadline))
         self._peer.sendall(_LENGTHS.pack(len(name), len(value)) + name + value)
 
     def _take(self) -> bool:
@@ -80,17 +82,4 @@ class PairStore(Store):
         return bool(key)
 
     def _receive(self, length: int) -> bytes:
-        data = b""
-        while len(data) < length:
-            self._peer.settimeout(self._left())
-            more = self._peer.recv(length - len(data))
-            if not more:
-                raise ConnectionResetError("the other end closed the connection")
-            data += more
-        return data
-
-    def _left(self) -> float:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise TimeoutError("the other end took too long")
-        return left
+        return receive_exactly(self._peer, length, self._deadline)

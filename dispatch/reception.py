@@ -94,10 +94,9 @@ class Reception:
         self._closed = True
         for newcomer in self._newcomers.values():
             newcomer.close()
-        for peer in self._formed:
-            peer.close()
         self._newcomers.clear()
-        self._formed.clear()
+        while self._formed:  # a thread may add to it
+            self._formed.popleft().close()
         self._listener.close()
         self._woken.close()
         self._waker.close()

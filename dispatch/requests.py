@@ -55,17 +55,21 @@ def compute_together(experts: GroupedExperts, layer: int, requests: Sequence[Req
 
 def compute_on_device(experts: GroupedExperts, layer: int, requests: Sequence[Request]) -> list[Tensor]:
     """As `compute_together`, of rows that lie on a device; y_ND for each request."""
+    if len(requests) == 1:
+        only = requests[0]
+        return [_call(experts, layer, only.x_ND, only.experts, only.counts)]
     runs: dict[int, list[tuple[int, Tensor]]] = {}  # expert -> (place of the request, its rows)
     for place, request in enumerate(requests):
         for expert, x_run in zip(request.experts, torch.split(request.x_ND, list(request.counts)), strict=True):
             runs.setdefault(expert, []).append((place, x_run))
-    x_ND = torch.cat([x_run for of_expert in runs.values() for _, x_run in of_expert])
+    x_runs = [x_run for of_expert in runs.values() for _, x_run in of_expert]
     counts = [sum(len(x_run) for _, x_run in of_expert) for of_expert in runs.values()]
-    y_ND = _call(experts, layer, x_ND, tuple(runs), counts)
+    y_ND = _call(experts, layer, torch.cat(x_runs), tuple(runs), counts)
+    y_runs = iter(torch.split(y_ND, [len(x_run) for x_run in x_runs]))
     found: list[dict[int, Tensor]] = [{} for _ in requests]
-    order = [(place, expert, len(x_run)) for expert, of_expert in runs.items() for place, x_run in of_expert]
-    for (place, expert, _), y_run in zip(order, torch.split(y_ND, [rows for *_, rows in order]), strict=True):
-        found[place][expert] = y_run
+    for expert, of_expert in runs.items():
+        for place, _ in of_expert:
+            found[place][expert] = next(y_runs)
     return [torch.cat([of[e] for e in request.experts]) for of, request in zip(found, requests, strict=True)]
 
 
