@@ -1,4 +1,4 @@
-"""Work that gives way to whatever else wants the CPU: an actor that comes up beside others that serve."""
+"""Work that gives way to whatever else wants the CPU: an actor that comes up beside others that serve, an encoder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Result = TypeVar("Result")
-_NICER = 5  # than the process: a third of what another thread gets
+_NICER = 10  # than the process: a ninth of what another thread gets, so that work ends on a busy machine too
 _NICEST = 19
 
 
@@ -22,7 +22,7 @@ def giving_way(work: Callable[[], Result]) -> Result:
     The threads that OpenMP made for it end with it: as long as there are more than cores, all of them sleep soon, and
     decoding by one actor on two cores takes a fifth longer.
     """
-    with ThreadPoolExecutor(1, "load", _give_way) as executor:
+    with ThreadPoolExecutor(1, "load", give_way) as executor:
         return executor.submit(work).result()
 
 
@@ -38,7 +38,8 @@ def import_giving_way(*modules: str) -> None:
         gc.enable()
 
 
-def _give_way() -> None:
+def give_way() -> None:
+    """From now on this thread gives way, and what threads it begins, as torch does, with it."""
     if sys.platform == "linux":  # where niceness is a thread's own
         niceness = os.getpriority(os.PRIO_PROCESS, 0) + _NICER
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(niceness, _NICEST))

@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -26,6 +24,7 @@ from actors.current_span import start_tracing
 from actors.embeddings import to_array
 from actors.encoded_images import EncodedImage, EncodedImages
 from actors.garbage import keep_all_there_is
+from actors.giving_way import give_way
 from actors.logs import set_up_logs
 from actors.ray_metrics import RayMetrics
 from actors.tile_batcher import TileBatcher, Tiles
@@ -128,8 +127,7 @@ class Vision:
 
 def _begin_thread(threads: int) -> None:
     """A stream waits for attention and experts at every token, for its images once: beside them, this gives way."""
-    if sys.platform == "linux":  # threads that a thread begins, as torch does, inherit this
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    give_way()
     torch.set_num_threads(threads)
 
 
