@@ -16,7 +16,7 @@ from dispatch.expert_map import ExpertMap
 from dispatch.faults import Fault
 from dispatch.topology import Topology
 from tests.dispatch.members import NUM_EXPERTS, WIDTH, RowwiseExperts
-from tests.dispatch.p2p_world import SECRET, Attention, Servers, open_fds, process
+from tests.dispatch.p2p_world import SECRET, Attention, Servers, open_fds, process, until
 from tests.dispatch.test_p2p import batch, expected
 
 LAYER = 1
@@ -248,8 +248,8 @@ def test_nothing_leaks_over_many_reconnections(servers: Servers) -> None:
     fds, threads = open_fds(), threading.active_count()
     for epoch in range(11, 211):
         turn(epoch)
-    assert abs(open_fds() - fds) <= 2
-    assert threading.active_count() <= threads + 4  # of the last lane, some are just ending
+    # Soon: a lane takes a while to end. Fewer, if at the first look some of the turns before had not ended.
+    until(lambda: open_fds() <= fds + 2 and threading.active_count() <= threads)
     rank.close()
 
 
