@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 Result = TypeVar("Result")
-_NICER = 10  # than the process: a ninth of what another thread gets, so that work ends on a busy machine too
+_NICER = 10  # than the process: a ninth of what another thread gets
 _NICEST = 19
 
 
@@ -39,7 +39,10 @@ def import_giving_way(*modules: str) -> None:
 
 
 def give_way() -> None:
-    """From now on this thread gives way, and what threads it begins, as torch does, with it."""
+    """From now on this thread gives way, and what threads it begins, as torch does, with it.
+
+    Not by the policy for idle work, to which a busy machine leaves next to nothing, even while it holds Python's lock.
+    """
     if sys.platform == "linux":  # where niceness is a thread's own
         niceness = os.getpriority(os.PRIO_PROCESS, 0) + _NICER
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), min(niceness, _NICEST))
