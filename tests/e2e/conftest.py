@@ -76,7 +76,7 @@ def ray_session() -> Path:
 # By Herder's logger, but for each request's end, of which there are too many; or at a process' violent end.
 _TOLD = re.compile(
     r" (INFO|WARNING|ERROR) herder (?!request )"
-    r'|"level": "(INFO|WARNING|ERROR)", "logger": "herder", "event": "(?!request)'
+    r'|"level": "(INFO|WARNING|ERROR)", "logger": "herder", "event": "(?!request[ "])'
     r"|\*\*\* SIG|Fatal Python error"
 )
 _LINES = 60
