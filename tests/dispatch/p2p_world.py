@@ -3,7 +3,7 @@
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection as Pipe
 from typing import Any
@@ -128,12 +128,14 @@ def _serve(
     server.run()
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline, "in vain"
-        time.sleep(0.001)
-
-
 def open_fds() -> int:
     return len(os.listdir("/proc/self/fd"))
+
+
+def settled() -> tuple[int, int]:
+    """Open file descriptors and threads, once they stay the same: what has just been closed takes a while to end."""
+    before, now = (0, 0), (open_fds(), threading.active_count())
+    while now != before:
+        time.sleep(0.5)
+        before, now = now, (open_fds(), threading.active_count())
+    return now

@@ -5,7 +5,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
@@ -20,7 +20,7 @@ from dispatch.pair_store import PairStore
 from dispatch.topology import Topology
 from tests.dispatch import p2p_world
 from tests.dispatch.members import LAYERS, WIDTH, make_map
-from tests.dispatch.p2p_world import HOST, SECRET, Attention, Servers, open_fds, until
+from tests.dispatch.p2p_world import HOST, SECRET, Attention, Servers, open_fds, settled
 from tests.dispatch.test_p2p import batch, expected
 
 CPU = torch.device("cpu")
@@ -32,6 +32,13 @@ def form(timeout_s: float = 20.0) -> tuple[Lane, Lane]:
     with ends[0], ends[1], ThreadPoolExecutor(2) as pool:
         client, server = pool.map(lambda rank: Lane.form(ends[rank], rank, CPU, HOST, timeout_s), (CLIENT, SERVER))
     return client, server
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, "in vain"
+        time.sleep(0.001)
 
 
 @pytest.fixture
@@ -77,15 +84,11 @@ def test_nothing_is_left_of_lanes_that_were() -> None:
         for end in form():
             end.close()
 
-    def until_ended() -> None:
-        until(lambda: not any(thread.name.startswith("lane-") for thread in threading.enumerate()))
-
     turn()
-    until_ended()
-    before = open_fds()
+    before, _ = settled()
     for _ in range(30):
         turn()
-    until_ended()
+    until(lambda: not any(thread.name.startswith("lane-") for thread in threading.enumerate()))
     assert abs(open_fds() - before) <= 2
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -16,7 +15,7 @@ from dispatch.expert_map import ExpertMap
 from dispatch.faults import Fault
 from dispatch.topology import Topology
 from tests.dispatch.members import NUM_EXPERTS, WIDTH, RowwiseExperts
-from tests.dispatch.p2p_world import SECRET, Attention, Servers, open_fds, process, until
+from tests.dispatch.p2p_world import SECRET, Attention, Servers, process, settled
 from tests.dispatch.test_p2p import batch, expected
 
 LAYER = 1
@@ -243,19 +242,14 @@ def test_nothing_leaks_over_many_reconnections(servers: Servers) -> None:
         y_TKD, wanted_TKD, _ = ask(rank, tokens=3)
         assert torch.equal(y_TKD, wanted_TKD)
 
-    def until_ended() -> None:  # the connections of turns before: a lane takes a while
-        until(lambda: threading.active_count() <= threads)
-
-    turn(1)
-    threads = threading.active_count()
-    for epoch in range(2, 11):
+    for epoch in range(1, 11):
         turn(epoch)
-    until_ended()
-    fds = open_fds()
+    fds, threads = settled()
     for epoch in range(11, 211):
         turn(epoch)
-    until_ended()
-    assert abs(open_fds() - fds) <= 2
+    fds_after, threads_after = settled()
+    assert abs(fds_after - fds) <= 2
+    assert threads_after <= threads + 4
     rank.close()
 
 
