@@ -1,7 +1,6 @@
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from dispatch.store import host_store
 from tests.dispatch import p2p_world
@@ -13,6 +12,14 @@ def pool() -> Iterator[Pool]:
     processes = Pool()
     yield processes
     processes.close()
+
+
+@pytest.fixture
+def alone() -> Iterator[Pool]:
+    """A process that has run nothing yet, to count descriptors and threads in: those of other tests come and go."""
+    process = Pool()
+    yield process
+    process.close()
 
 
 @pytest.fixture(scope="session")
@@ -35,6 +42,6 @@ def epoch() -> int:
 @pytest.fixture(scope="module", params=["sockets", "lanes"])
 def way(request: pytest.FixtureRequest) -> Iterator[str]:
     """How rows of the p2p transport travel: by its sockets, or as between GPUs, over gloo instead of NCCL."""
-    p2p_world.lanes_on = torch.device("cpu") if request.param == "lanes" else None
+    p2p_world.use(request.param)
     yield request.param
-    p2p_world.lanes_on = None
+    p2p_world.use("sockets")

@@ -25,7 +25,13 @@ from tests.dispatch.pool import start_process
 # Names the sockets too, so each of pytest-xdist's workers needs its own; processes of a test inherit it.
 SECRET = f"of the tests {os.environ.get('PYTEST_XDIST_WORKER', '')}".encode()
 HOST = "127.0.0.1"
-lanes_on: torch.device | None = None  # how rows travel in the tests that are under way, see `way` in conftest.py
+lanes_on: torch.device | None = None  # how rows travel in the tests that are under way
+
+
+def use(way: str) -> None:
+    """How rows travel from now on, see `way` in conftest.py."""
+    global lanes_on
+    lanes_on = torch.device("cpu") if way == "lanes" else None
 
 
 class Attention:

@@ -21,6 +21,7 @@ from dispatch.topology import Topology
 from tests.dispatch import p2p_world
 from tests.dispatch.members import LAYERS, WIDTH, make_map
 from tests.dispatch.p2p_world import HOST, SECRET, Attention, Servers, open_fds, settled
+from tests.dispatch.pool import Pool
 from tests.dispatch.test_p2p import batch, expected
 
 CPU = torch.device("cpu")
@@ -79,7 +80,9 @@ def test_the_end_of_one_end_ends_the_others_waiting() -> None:
     server.close()
 
 
-def test_nothing_is_left_of_lanes_that_were() -> None:
+def _form_and_close(_: int) -> tuple[int, int]:
+    """Descriptors after one lane, and after thirty more."""
+
     def turn() -> None:
         for end in form():
             end.close()
@@ -89,7 +92,12 @@ def test_nothing_is_left_of_lanes_that_were() -> None:
     for _ in range(30):
         turn()
     until(lambda: not any(thread.name.startswith("lane-") for thread in threading.enumerate()))
-    assert abs(open_fds() - before) <= 2
+    return before, open_fds()
+
+
+def test_nothing_is_left_of_lanes_that_were(alone: Pool) -> None:
+    [(before, after)] = alone.run(1, _form_and_close)
+    assert abs(after - before) <= 2
 
 
 def test_an_end_that_never_comes_is_given_up() -> None:

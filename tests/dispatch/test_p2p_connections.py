@@ -15,6 +15,7 @@ from dispatch.connections import HandshakeFailed, Hello, RowFormat, connect
 from dispatch.topology import SlotAddress, Topology
 from tests.dispatch.members import WIDTH
 from tests.dispatch.p2p_world import HOST, SECRET, Attention, Servers, open_fds
+from tests.dispatch.pool import Pool
 from tests.dispatch.test_p2p_failures import BOTH, ask
 
 
@@ -78,16 +79,24 @@ def test_silent_newcomers_neither_block_nor_stay(servers: Servers) -> None:
         rank.close()
 
 
-def test_sockets_and_directories_go_with_the_server(servers: Servers) -> None:
+def _start_and_stop(_: int) -> tuple[int, int]:
+    """Descriptors before a server and after it."""
     before = open_fds()
+    servers = Servers()
     address = servers.start(0, BOTH)
     assert address.unix_path is not None
     directory = os.path.dirname(address.unix_path)
     assert os.stat(directory).st_mode & 0o777 == 0o700
     servers.stop(0)
-    assert not os.path.exists(directory) and open_fds() == before
+    assert not os.path.exists(directory)
     with pytest.raises(OSError):
         socket.create_connection((HOST, address.port), timeout=1)
+    return before, open_fds()
+
+
+def test_sockets_and_directories_go_with_the_server(alone: Pool) -> None:
+    [(before, after)] = alone.run(1, _start_and_stop)
+    assert after == before
 
 
 def test_only_the_given_address_is_bound(servers: Servers) -> None:

@@ -14,8 +14,10 @@ from dispatch.epoch import GroupBroken
 from dispatch.expert_map import ExpertMap
 from dispatch.faults import Fault
 from dispatch.topology import Topology
+from tests.dispatch import p2p_world
 from tests.dispatch.members import NUM_EXPERTS, WIDTH, RowwiseExperts
 from tests.dispatch.p2p_world import SECRET, Attention, Servers, process, settled
+from tests.dispatch.pool import Pool
 from tests.dispatch.test_p2p import batch, expected
 
 LAYER = 1
@@ -232,8 +234,10 @@ def test_a_topology_may_come_while_a_batch_is_under_way(servers: Servers) -> Non
     rank.close()
 
 
-def test_nothing_leaks_over_many_reconnections(servers: Servers) -> None:
-    rank = Attention(0)
+def _reconnect(_: int, way: str) -> list[tuple[int, int]]:
+    """Descriptors and threads after ten connections, and after two hundred more."""
+    p2p_world.use(way)
+    servers, rank = Servers(), Attention(0)
     addresses = {slot: servers.start(slot, BOTH) for slot in (0, 1)}
 
     def turn(epoch: int) -> None:
@@ -242,15 +246,20 @@ def test_nothing_leaks_over_many_reconnections(servers: Servers) -> None:
         y_TKD, wanted_TKD, _ = ask(rank, tokens=3)
         assert torch.equal(y_TKD, wanted_TKD)
 
-    for epoch in range(1, 11):
-        turn(epoch)
-    fds, threads = settled()
-    for epoch in range(11, 211):
-        turn(epoch)
-    fds_after, threads_after = settled()
+    counts = []
+    for epochs in (range(1, 11), range(11, 211)):
+        for epoch in epochs:
+            turn(epoch)
+        counts.append(settled())
+    rank.close()
+    servers.close()
+    return counts
+
+
+def test_nothing_leaks_over_many_reconnections(alone: Pool, way: str) -> None:
+    [[(fds, threads), (fds_after, threads_after)]] = alone.run(1, _reconnect, way, timeout_s=200)
     assert abs(fds_after - fds) <= 2
     assert threads_after <= threads + 4
-    rank.close()
 
 
 def test_the_gate_leaves_and_has_no_recovery() -> None:
