@@ -24,9 +24,9 @@ _APART = {
 }
 
 # What kills and starts most actors is first, beside no other deployment: those apart are started when their worker has
-# run all the rest. Image encoders are the nicest of all, and come when the other worker has run most of what computes:
-# one that starts beside that is left a hundredth of a core. What only takes its time is last, and not beside the hosts:
-# while one comes back it needs the CPU.
+# run all the rest. Image encoders are the nicest of all, and a burst from none waits for minutes beside what wants the
+# CPU: they come when the other worker has run the units and the hosts. What only takes its time is last, and not beside
+# the hosts: while one comes back it needs the CPU.
 _TURNS = {"failover": 0, "balance": 2, "elastic": 3, "vision": 4, "soak": 5}
 _OTHERS, _UNITS, _HOSTS, _LAST = 1, 6, 7, 8
 
