@@ -24,6 +24,7 @@ from actors.adoption import adopt
 from actors.dashboard import StateShown, call_in_state
 from actors.elastic import Elastic
 from actors.fleet import Fleet
+from actors.giving_way import threads, threads_give_way
 from actors.logs import set_level, set_up_logs
 from actors.ray_metrics import RayMetrics, report_cluster, report_regularly
 from actors.repair import Repair
@@ -52,6 +53,7 @@ class Controller:
 
     def __init__(self, config: DeploymentConfig) -> None:
         set_up_logs(config.log_level, config.log_format)
+        threads_give_way(threads())
         self._config = config
         self._fleet = Fleet(config, self._plan())
         self._repair = Repair(self._fleet)

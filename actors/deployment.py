@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray import serve
 from ray.actor import ActorHandle
@@ -20,6 +21,7 @@ from ray.serve.schema import ApplicationStatus, ProxyStatus
 from actors.client import EngineClient
 from actors.controller import Controller
 from actors.gateway import build_app
+from actors.giving_way import housekeeping_gives_way
 from actors.ray_client import RayEngineClient
 from actors.vision_app import build_vision, check_room
 from cluster.config import DeploymentConfig
@@ -91,6 +93,8 @@ def launch(config: DeploymentConfig, address: str | None = None, on_progress: Pr
     """
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     session = connect(config, address)
+    if session is not None:
+        housekeeping_gives_way(psutil.Process())
     # Beside Serve's proxy, so that no other machine's death takes them along.
     controller = Controller.options(name=CONTROLLER, lifetime="detached", resources=AT_HEAD).remote(config)
     try:

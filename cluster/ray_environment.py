@@ -5,6 +5,7 @@ RAY_ENVIRONMENT = {
     # Ray lowers its workers' priority, but only when they have imported it: until then, a new actor takes a core from
     # all that serve, and streams stall.
     "RAY_worker_niceness": "0",
+    "RAY_preload_python_modules": "actors.preload",
 }
 
 # For processes with more OpenMP threads than cores among them. libgomp lets an idle thread spin for milliseconds, on a
