@@ -175,7 +175,9 @@ class Fleet:
 
     async def _publish_topology(self, holdings: Holdings) -> None:
         addresses = {
-            slot: seat.address for slot, seat in self.serving(self.experts).items() if seat.address is not None
+            slot: seat.address
+            for slot, seat in self.serving(self.experts).items()
+            if seat.address is not None and slot in holdings.slots  # else its end, on purpose, would count as a loss
         }
         topology = Topology(holdings.to_map(self.epoch), addresses, self.secret)
         layout = self._layout(holdings)

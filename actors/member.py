@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import psutil
@@ -62,7 +63,7 @@ class Member:
         self.state = "starting"
         self.loaded = (0, 0)  # bytes done, bytes in all
         self._events: asyncio.AbstractEventLoop | None = None
-        self._told: set[asyncio.Task[None]] = set()  # held, so that they are not collected while they wait
+        self._controller: ActorHandle | None = None
         self._stores: dict[tuple[str, int], StoreClients] = {}
         self._ended: concurrent.futures.Future[None] = concurrent.futures.Future()
 
@@ -73,6 +74,8 @@ class Member:
         """Runs `work` beside the event loop, so that progress can be asked for meanwhile."""
         self.state = "loading"
         self._events = asyncio.get_running_loop()
+        # Before there is anything to tell it: coming to know its class takes some 25 ms of CPU.
+        self._controller = await asyncio.to_thread(giving_way, partial(ray.get_actor, CONTROLLER, NAMESPACE))
         await asyncio.to_thread(giving_way, work)
         self.state = "loaded"
         log.info("%s loaded bytes=%d device=%s", self.name, self.loaded[0], self.device)
@@ -141,19 +144,9 @@ class Member:
         self._tell(lambda controller: controller.slot_lost.remote(slot, incarnation, reason))
 
     def _tell(self, call: Callable[[ActorHandle], object]) -> None:
-        assert self._events is not None, "load comes first"
-        self._events.call_soon_threadsafe(self._spawn, call)
-
-    def _spawn(self, call: Callable[[ActorHandle], object]) -> None:
-        async def tell() -> None:
-            try:
-                call(await asyncio.to_thread(ray.get_actor, CONTROLLER, NAMESPACE))
-            except ValueError:  # it is away; when it comes back, it asks everybody
-                log.debug("no controller to tell")
-
-        task = asyncio.get_running_loop().create_task(tell())
-        self._told.add(task)
-        task.add_done_callback(self._told.discard)
+        assert self._events is not None and self._controller is not None, "load comes first"
+        # While it is away this leads to nothing; when it comes back, it asks everybody.
+        self._events.call_soon_threadsafe(call, self._controller)
 
     def status(self) -> ActorStatus:
         return ActorStatus(
