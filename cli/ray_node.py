@@ -20,6 +20,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 import psutil
 import typer
 
+from actors.giving_way import housekeeping_gives_way
 from cli.report import CliError, err
 from cli.serve import cause, ending_on_signals, ending_signals
 from cluster.ray_environment import RAY_ENVIRONMENT
@@ -91,6 +92,7 @@ def ray_node(arguments: Sequence[str], drain_s: float) -> Iterator[RayNode]:
             with _ray_start(arguments, environment, output) as process:
                 why_not = _comes_up(process, output)
                 if why_not is None:
+                    housekeeping_gives_way(psutil.Process(process.pid))
                     yield RayNode(process, output)
                     return
             err().print(f"Ray has not started: {why_not}")

@@ -16,7 +16,7 @@ settings.load_profile("herder")
 # Each worker's Ray is out of the other one's sight, and its actors let the other one's start: Ray gives a node thirty
 # seconds to come up.
 if worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ |= {"RAY_TMPDIR": f"/tmp/ray-{worker}", "RAY_worker_niceness": "15"}
+    os.environ |= {"RAY_TMPDIR": f"/tmp/ray-{worker}", "RAY_worker_niceness": "10"}
 
 _APART = {
     f"tests/e2e/test_{name}.py"

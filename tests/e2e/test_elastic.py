@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 
 import grpc
+import psutil
 import pytest
 
 from actors.deployment import Deployment
 from herder.v1 import control_pb2
-from tests.e2e.conftest import running
+from tests.e2e.conftest import ray_session, running
 from tests.e2e.harm import Control, disturbed, undisturbed
 
 pytestmark = pytest.mark.cluster
@@ -44,6 +47,25 @@ def slots(control: Control) -> set[int]:
     return {slot for experts in placement(control).values() for holders in experts for slot in holders}
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="niceness is a thread's own on Linux")
+def test_what_serves_comes_before_what_does_not(control):
+    processes = {name: psutil.Process(actor.pid) for name, actor in control.actors().items()}
+    usual = processes["attention-0"].nice()
+    behind = min(usual + 5, 19)
+    assert processes["controller"].nice() == behind
+    expert = processes["expert-0"]
+    assert expert.nice() == behind  # its main thread, which is Ray's
+    assert usual in [os.getpriority(os.PRIO_PROCESS, thread.id) for thread in expert.threads()]
+    dashboard = next(child for child in psutil.Process().children() if "/dashboard.py" in str(child.cmdline()))
+    assert dashboard.nice() == min(psutil.Process().nice() + 10, 19)
+
+
+def lost_slots() -> list[str]:
+    """What attention actors have said of slots that they lost."""
+    logs = [log.read_text(errors="replace") for log in ray_session().glob("logs/worker-*.err")]
+    return [line for log in logs for line in log.splitlines() if " lost slot=" in line]
+
+
 def test_expert_actors_grow_and_shrink(deployment, control, expected):
     def scale() -> float:
         at = time.monotonic()
@@ -54,6 +76,7 @@ def test_expert_actors_grow_and_shrink(deployment, control, expected):
 
     disturbed(deployment.grpc_address, scale, expected)
     assert {name for name in control.actors() if name.startswith("expert")} == {"expert-0", "expert-1", "expert-2"}
+    assert not lost_slots()  # one that ends on purpose is none
 
 
 def test_experts_move(deployment, control, expected):
@@ -82,6 +105,7 @@ def test_a_slot_is_drained(deployment, control, expected):
     disturbed(deployment.grpc_address, drain, expected)
     assert slots(control) == {0, 2}
     assert "expert-1" not in control.actors()
+    assert not lost_slots()
 
 
 def test_attention_actors_grow_and_shrink(deployment, control, expected):
