@@ -95,7 +95,7 @@ def _keeps_house(process: psutil.Process) -> bool:
 def _process_gives_way(process: psutil.Process) -> None:
     with suppress(psutil.Error):
         _make_nicer([thread.id for thread in process.threads()], _NICER)
-    for child in _children(process):  # those of before
+    for child in _children(process):  # begun before, with the niceness of then
         _process_gives_way(child)
 
 

@@ -5,6 +5,7 @@ RAY_ENVIRONMENT = {
     # Ray lowers its workers' priority, but only when they have imported it: until then, a new actor takes a core from
     # all that serve, and streams stall.
     "RAY_worker_niceness": "0",
+    # What an actor needs is there when it is created, and came by threads that give way.
     "RAY_preload_python_modules": "actors.preload",
 }
 
