@@ -202,12 +202,16 @@ def test_nobody_uses_the_cpu_when_idle(servers: Servers) -> None:
     waiting = threading.Thread(target=rank.gate.wait, daemon=True)
     rank.gate.wait()  # the installation rang
     waiting.start()
-    before = time.process_time()
-    time.sleep(1)
-    used = time.process_time() - before
+
+    def share_of_a_core() -> float:
+        before = time.process_time()
+        time.sleep(1)
+        return time.process_time() - before
+
+    # What earlier tests have left to end in this process may use it for a while; what is always done is in every span.
+    assert any(share_of_a_core() < 0.02 for _ in range(10))
     assert waiting.is_alive()
     rank.gate.ring()
     waiting.join(5)
     assert not waiting.is_alive()
-    assert used < 0.02
     rank.close()
