@@ -17,8 +17,10 @@ from torch import Tensor
 from dispatch.expert_map import ExpertMap
 from dispatch.local import LocalDispatcher
 from dispatch.topology import Topology
+from tests.dispatch import p2p_world
 from tests.dispatch.members import LAYERS, NUM_EXPERTS, SLOT_IDS, WIDTH, RowwiseExperts, make_map
 from tests.dispatch.p2p_world import SECRET, Attention, Servers
+from tests.dispatch.pool import Pool
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -196,22 +198,28 @@ def test_rows_of_several_sources_are_computed_together(servers: Servers, way: st
     assert stats.requests == 12 and stats.batches <= {"sockets": 6, "lanes": 9}[way]
 
 
-def test_nobody_uses_the_cpu_when_idle(servers: Servers) -> None:
-    rank = Attention(0)
+def _idle(_: int, way: str) -> list[float]:
+    """Seconds of CPU that a rank and its servers take in each of ten seconds without work."""
+    p2p_world.use(way)
+    servers, rank = Servers(), Attention(0)
     rank.adopt(start(servers, 3))
     waiting = threading.Thread(target=rank.gate.wait, daemon=True)
     rank.gate.wait()  # the installation rang
     waiting.start()
-
-    def share_of_a_core() -> float:
+    used = []
+    for _ in range(10):
         before = time.process_time()
         time.sleep(1)
-        return time.process_time() - before
-
-    # What earlier tests have left to end in this process may use it for a while; what is always done is in every span.
-    assert any(share_of_a_core() < 0.02 for _ in range(10))
+        used.append(time.process_time() - before)
     assert waiting.is_alive()
     rank.gate.ring()
     waiting.join(5)
     assert not waiting.is_alive()
     rank.close()
+    servers.close()
+    return used
+
+
+def test_nobody_uses_the_cpu_when_idle(alone: Pool, way: str) -> None:
+    [used] = alone.run(1, _idle, way, timeout_s=60)
+    assert min(used) < 0.02  # a busy machine makes everything dearer for a while; what is always done is in each
