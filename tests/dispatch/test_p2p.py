@@ -198,23 +198,20 @@ def test_rows_of_several_sources_are_computed_together(servers: Servers, way: st
     assert stats.requests == 12 and stats.batches <= {"sockets": 6, "lanes": 9}[way]
 
 
-_NEXT_TO_NOTHING = 0.02  # of a core
-
-
-def _idle(_: int, way: str) -> float:
-    """Seconds of CPU that a rank and its servers take in a second without work: the first of ten that is so still."""
+def _idle(_: int, way: str, seconds: int) -> list[float]:
+    """Seconds of CPU that a rank and its servers take in each of so many seconds without work."""
     p2p_world.use(way)
     servers, rank = Servers(), Attention(0)
     rank.adopt(start(servers, 3))
     waiting = threading.Thread(target=rank.gate.wait, daemon=True)
     rank.gate.wait()  # the installation rang
     waiting.start()
-    for _ in range(10):
+    time.sleep(1)  # what connecting has left to do
+    used = []
+    for _ in range(seconds):
         before = time.process_time()
         time.sleep(1)
-        used = time.process_time() - before
-        if used < _NEXT_TO_NOTHING:
-            break
+        used.append(time.process_time() - before)
     assert waiting.is_alive()
     rank.gate.ring()
     waiting.join(5)
@@ -225,5 +222,6 @@ def _idle(_: int, way: str) -> float:
 
 
 def test_nobody_uses_the_cpu_when_idle(alone: Pool, way: str) -> None:
-    [used] = alone.run(1, _idle, way, timeout_s=60)
-    assert used < _NEXT_TO_NOTHING  # a busy machine makes all dearer for a while; what is always done is in each second
+    # With three lanes gloo, in NCCL's place, takes 0.008 to 0.023 itself; what polls would be in each second as well.
+    [used] = alone.run(1, _idle, way, {"sockets": 1, "lanes": 10}[way], timeout_s=60)
+    assert min(used) < 0.02

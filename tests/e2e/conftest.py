@@ -73,6 +73,12 @@ def ray_session() -> Path:
     return Path(ray._private.worker.global_worker.node.get_session_dir_path())
 
 
+def logged() -> list[str]:
+    """The lines that the workers of this process' Ray have logged, in the order of none but each worker's own."""
+    logs = [log.read_text(errors="replace") for log in ray_session().glob("logs/worker-*.err")]
+    return [line for log in logs for line in log.splitlines()]
+
+
 # By Herder's logger, but for each request's end, of which there are too many; or at a process' violent end.
 _TOLD = re.compile(
     r" (INFO|WARNING|ERROR) herder (?!request )"
@@ -87,7 +93,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     """A failed test's report says what the deployment's actors told last: their logs go with it."""
     report = yield
     if report.failed and ray.is_initialized():
-        logs = [log.read_text(errors="replace") for log in ray_session().glob("logs/worker-*.err")]
-        lines = sorted(line for log in logs for line in log.splitlines() if _TOLD.search(line))
+        lines = sorted(line for line in logged() if _TOLD.search(line))
         report.sections.append(("the deployment's logs", "\n".join(lines[-_LINES:])))
     return report

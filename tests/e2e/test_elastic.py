@@ -13,7 +13,7 @@ import pytest
 
 from actors.deployment import Deployment
 from herder.v1 import control_pb2
-from tests.e2e.conftest import ray_session, running
+from tests.e2e.conftest import logged, running
 from tests.e2e.harm import Control, disturbed, undisturbed
 
 pytestmark = pytest.mark.cluster
@@ -62,8 +62,7 @@ def test_what_serves_comes_before_what_does_not(control):
 
 def lost_slots() -> list[str]:
     """What attention actors have said of slots that they lost."""
-    logs = [log.read_text(errors="replace") for log in ray_session().glob("logs/worker-*.err")]
-    return [line for log in logs for line in log.splitlines() if " lost slot=" in line]
+    return [line for line in logged() if " lost slot=" in line]
 
 
 def test_expert_actors_grow_and_shrink(deployment, control, expected):
