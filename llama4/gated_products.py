@@ -32,7 +32,6 @@ from llama4.row_products import (
     products,
     room_for,
     rows_in_panels,
-    threads_for,
 )
 from llama4.tiles import FLOAT, INT, dots, panel_dots, place_in_panel
 
@@ -73,14 +72,12 @@ def _multiply(
     h = h_panels + in_panels * width * FLOAT
     scratch = h + rows * width * FLOAT
     interleave_rows(parallel, take_panels, most, x, inner, in_panels, counts, matrices, hidden)
-    threads = threads_for(rows * width * hidden, most)
     products(
-        parallel, take_gated, threads, x, inner, counts, gate_ups, matrices, hidden, width, h, width * FLOAT, h_panels,
+        parallel, take_gated, most, x, inner, counts, gate_ups, matrices, hidden, width, h, width * FLOAT, h_panels,
         scratch,
     )  # fmt: skip
-    threads = threads_for(rows * outputs * width, most)
     products(
-        parallel, take_portions, threads, h, h_panels, counts, downs, matrices, width, outputs, y, y_stride, 0, y_stride
+        parallel, take_portions, most, h, h_panels, counts, downs, matrices, width, outputs, y, y_stride, 0, y_stride
     )
 
 

@@ -36,8 +36,10 @@ def computes(x: torch.Tensor) -> bool:
     return x.is_cpu and x.dtype == torch.float32 and x.shape[0] > 0 and available()
 
 
-def run(function: int, job: Sequence[int], threads: int | None = None) -> None:
-    """Calls the numba cfunc at this address with `job` in so many of torch's threads, or all; returns when these have.
+def run(function: int, job: Sequence[int], portions: int) -> None:
+    """Calls the numba cfunc at this address with `job` in torch's threads, and returns when they have done it.
+
+    There are no more of them than portions: one that finds nothing to do costs the others the wait for its waking.
 
     The threads share `job`, as int64; they take their parts by counters in it. Few words of Python on purpose: reading
     weights empties the caches of everything else, and what comes between takes four times as long as in a loop.
@@ -45,7 +47,7 @@ def run(function: int, job: Sequence[int], threads: int | None = None) -> None:
     parallel = _parallel()
     assert parallel is not None, "see available"
     shared = array("q", job)
-    parallel(function, shared.buffer_info()[0], threads or torch.get_num_threads(), 0)
+    parallel(function, shared.buffer_info()[0], min(portions, torch.get_num_threads()), 0)
 
 
 @functools.cache

@@ -200,4 +200,4 @@ class PagedDecode:
             heads // kv_heads, head_dim, q_THE.data_ptr(), q_THE.stride(0), out_THE.data_ptr(), scratch.data_ptr(),
             sums.data_ptr(), *([0] * tasks),
         )  # fmt: skip
-        openmp.run(_TAKE_TASKS, job)
+        openmp.run(_TAKE_TASKS, job, tasks)

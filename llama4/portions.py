@@ -68,7 +68,7 @@ def run_rows(function: int, rows: int, about: Sequence[int], floats: int) -> Non
 
     Its job: portions taken; rows; `about`.
     """
-    openmp.run(function, (0, rows, *about), 1 if floats < _SMALL else None)
+    openmp.run(function, (0, rows, *about), 1 if floats < _SMALL else -(-rows // _ROWS))
 
 
 @njit  # as `take`

@@ -135,4 +135,4 @@ def attend_causally(q_THE: Tensor, k_KLE: Tensor, v_KLE: Tensor, out_THE: Tensor
         0, 0, rows, heads, heads // kv_heads, width, keys - rows, q_THE.data_ptr(), k_KLE.data_ptr(), v_KLE.data_ptr(),
         out_THE.data_ptr(), scratch.data_ptr(), q_THE.stride(0) * FLOAT, out_THE.stride(0) * FLOAT,
     )  # fmt: skip
-    openmp.run(_TAKE_TASKS, job)
+    openmp.run(_TAKE_TASKS, job, heads * -(-rows // SIDE))

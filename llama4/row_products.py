@@ -69,16 +69,16 @@ def room_for(rows: int, width: int, counts: Sequence[int]) -> Tensor:
 
 
 @njit(cache=CACHE)
-def threads_for(multiplications: Any, most: Any) -> Any:
-    """How many threads are worth it."""
-    return 1 if multiplications < _SMALL else most
+def threads_for(multiplications: Any, portions: Any, most: Any) -> Any:
+    """How many threads are worth it. One that finds nothing to do costs the others the wait for its waking."""
+    return 1 if multiplications < _SMALL else min(portions, most)
 
 
 @njit(cache=CACHE)
 def interleave_rows(
     parallel: Any,
     take_panels: Any,
-    threads: Any,
+    most: Any,
     x: Any,
     panels: Any,
     in_panels: Any,
@@ -97,12 +97,12 @@ def interleave_rows(
             job[at] = x + panel * PANEL * hidden * FLOAT
             at += 1
         x += counts[matrix] * hidden * FLOAT
-    run_job(parallel, take_panels, job, threads_for(in_panels * PANEL * hidden, threads))
+    run_job(parallel, take_panels, job, threads_for(in_panels * PANEL * hidden, in_panels // PANEL, most))
 
 
 @njit(cache=CACHE)
 def products(
-    parallel: Any, function: Any, threads: Any, x: Any, panels: Any, counts: Any, weights: Any, matrices: Any,
+    parallel: Any, function: Any, most: Any, x: Any, panels: Any, counts: Any, weights: Any, matrices: Any,
     hidden: Any, width: Any, y: Any, y_stride: Any, y_panels: Any, last: Any,
 ) -> None:  # fmt: skip
     """Runs `function` over the portions of all matrices [N, D] and their rows, at most ROWS at a time.
@@ -110,11 +110,14 @@ def products(
     Its job: the shares; N, D, `last`; for each piece the addresses of x, its panels, the matrix, y and its panels [N,
     16]; its T. `weights`: the matrices' addresses.
     """
-    pieces = 0
+    rows = pieces = 0
     for matrix in range(matrices):
+        rows += counts[matrix]
         pieces += (counts[matrix] + ROWS - 1) // ROWS
+    portions = pieces * ((width + PORTION - 1) // PORTION)
+    threads = threads_for(rows * width * hidden, portions, most)
     job = np.empty(room_for_shares(threads) + HEADER + PIECE * pieces, np.int64)
-    at = share_out(job, pieces * ((width + PORTION - 1) // PORTION), threads)
+    at = share_out(job, portions, threads)
     job[at], job[at + 1], job[at + 2] = width, hidden, last
     at += HEADER
     for matrix in range(matrices):
@@ -137,9 +140,8 @@ def _multiply(
 ) -> None:  # fmt: skip
     counts, weights = ints_at(numbers), ints_at(numbers + matrices * INT)
     interleave_rows(parallel, take_panels, most, x, panels, in_panels, counts, matrices, hidden)
-    threads = threads_for(rows * width * hidden, most)
     products(
-        parallel, take_portions, threads, x, panels, counts, weights, matrices, hidden, width, y, y_stride, 0, y_stride
+        parallel, take_portions, most, x, panels, counts, weights, matrices, hidden, width, y, y_stride, 0, y_stride
     )
 
 
