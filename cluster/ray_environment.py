@@ -5,6 +5,8 @@ RAY_ENVIRONMENT = {
     # Ray lowers its workers' priority, but only when they have imported it: until then, a new actor takes a core from
     # all that serve, and streams stall.
     "RAY_worker_niceness": "0",
+    # Serve's replicas look through their counters for Ray's metrics at this interval, by default ten times a second.
+    "RAY_SERVE_METRICS_EXPORT_INTERVAL_MS": "1000",
     # What an actor needs is there when it is created, and came by threads that give way.
     "RAY_preload_python_modules": "actors.preload",
 }
