@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 
+from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
 from actors.reasons import first_line
 from actors.status import EngineHandle
-from engine.request import RequestOutput
+from engine.request import Request, RequestOutput, RequestRejected
 
 log = logging.getLogger("herder")
 
@@ -25,6 +27,10 @@ class EngineLink:
 
     Its gateway id is its own, so nothing that an earlier connection has asked for can come through it. `listed`: the
     controller says that the engine takes requests. `open`: how many requests of this gateway it has.
+
+    What it asks of the engine is in a context of its own. Serve cancels the Ray task of a client that goes away, and
+    Ray all that was called in that task: also the submission, of which nobody knew then whether the engine has it, or
+    the abort that follows it.
     """
 
     def __init__(self, name: str, handle: EngineHandle) -> None:
@@ -35,6 +41,18 @@ class EngineLink:
         self.listed = True
         self.open = 0
         self.pump: asyncio.Task[None] | None = None
+
+    def submit(self, request: Request, embeddings: Sequence[ObjectRef]) -> Awaitable[RequestRejected | None]:
+        """See AttentionActor.submit. Ray fetches the embeddings before it makes the call."""
+        answer: Awaitable[RequestRejected | None] = contextvars.Context().run(
+            self.actor.submit.remote, request, self.gateway_id, *embeddings
+        )
+        return answer
+
+    def abort(self, request_ids: Sequence[str]) -> Awaitable[int]:
+        """See AttentionActor.abort."""
+        answer: Awaitable[int] = contextvars.Context().run(self.actor.abort.remote, list(request_ids))
+        return answer
 
 
 class EngineLinks:

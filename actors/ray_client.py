@@ -13,7 +13,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import Literal
 
@@ -209,7 +209,7 @@ class RayEngineClient(ControllerClient):
             refusal = await self._submit(opened, link)
             if refusal is None:
                 if opened.aborted:  # meanwhile, when no engine knew of it
-                    link.actor.abort.remote([opened.request.request_id])
+                    link.abort([opened.request.request_id])
                 return "taken"
             # Its earlier life at an engine that was out of reach may not have ended there yet.
             if refusal.code in (ErrorCode.RESOURCE_EXHAUSTED, ErrorCode.ALREADY_EXISTS):
@@ -223,9 +223,7 @@ class RayEngineClient(ControllerClient):
         self._put(opened, link)
         self._spans.expect(link, opened.request.request_id)
         for _ in range(_MOST_ENCODINGS):
-            # Ray fetches the embeddings before it makes the call: the actor finds them in its node's object store.
-            submission = link.actor.submit.remote(opened.rest(), link.gateway_id, *opened.embeddings)
-            opened.submission = asyncio.ensure_future(submission)
+            opened.submission = asyncio.ensure_future(link.submit(opened.rest(), opened.embeddings))
             try:
                 # Shielded: when the client goes away meanwhile, the abort has to come after the submission.
                 refusal = await asyncio.shield(opened.submission)
@@ -284,9 +282,7 @@ class RayEngineClient(ControllerClient):
         moving = len([opened for opened in mine if opened.moving])
         for opened in mine:
             opened.aborted = True
-        answers = await asyncio.gather(
-            *(link.actor.abort.remote(list(request_ids)) for link in self._links.all()), return_exceptions=True
-        )
+        answers = await asyncio.gather(*(link.abort(request_ids) for link in self._links.all()), return_exceptions=True)
         return moving + sum(answer for answer in answers if isinstance(answer, int))
 
 
@@ -299,9 +295,10 @@ async def _abort_submitted(
     request_id: str, link: EngineLink, submission: asyncio.Future[RequestRejected | None] | None
 ) -> None:
     """Aborts a request whose client has gone. Its submission may still be under way: a grammar takes its time."""
-    try:
-        if submission is not None:
+    if submission is not None:
+        with suppress(RayError):  # even then the engine may have it
             await submission
-        await link.actor.abort.remote([request_id])
+    try:
+        await link.abort([request_id])
     except RayError as error:
         log.debug("no abort request_id=%s actor=%s reason=%s", request_id, link.name, error)

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from actors.ray_client import RayEngineClient
 from actors.vision_client import VisionClient
 from engine.request import FinishReason, Request, RequestOutput, SamplingParams
-from tests.gateway.fake_actors import FakeController, FakeEngine
+from tests.gateway.fake_actors import OF_A_CLIENT, FakeController, FakeEngine
 
 PARAMS = SamplingParams(max_tokens=9)
 
@@ -36,6 +36,7 @@ class Stream:
         self.task = asyncio.create_task(self._run(client.generate(one, images)))
 
     async def _run(self, outputs: AsyncIterator[RequestOutput]) -> None:
+        OF_A_CLIENT.set(True)
         async for output in outputs:
             self.tokens += output.token_ids
             self.last = output

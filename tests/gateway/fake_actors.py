@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from types import SimpleNamespace
 
-from ray.exceptions import ObjectLostError, RayActorError
+from ray.exceptions import ObjectLostError, RayActorError, RayError
 
 from actors.status import EngineHandle
 from engine.request import ErrorCode, FinishReason, Request, RequestError, RequestOutput, RequestRejected
 
 FULL = RequestRejected("full", code=ErrorCode.RESOURCE_EXHAUSTED)
+OF_A_CLIENT = contextvars.ContextVar("of_a_client", default=False)  # set where Ray's task of a request would be
 DRAINING = RequestRejected("the engine is shutting down", code=ErrorCode.UNAVAILABLE)
 
 
@@ -23,7 +25,8 @@ class FakeEngine:
     """An attention actor, as far as the client uses it; `calls` tells what came when.
 
     `admit`: submissions wait for it, as for a grammar that is compiled. `requests` are those that it has taken, by id,
-    and `embeddings` those of their images; a submission with `lost` ones fails, as Ray cannot fetch them.
+    and `embeddings` those of their images; a submission with `lost` ones fails, as Ray cannot fetch them. With
+    `answers_get_lost` it takes a submission, which fails for the client all the same.
     """
 
     def __init__(self) -> None:
@@ -34,6 +37,7 @@ class FakeEngine:
         self.requests: dict[str, Request] = {}
         self.embeddings: dict[str, tuple[object, ...]] = {}
         self.lost: set[object] = set()
+        self.answers_get_lost = False
         self.kept_alive: list[str] = []
         self.gateways: set[str] = set()
         self._queue: asyncio.Queue[list[RequestOutput] | None] = asyncio.Queue()
@@ -44,6 +48,7 @@ class FakeEngine:
         self.outputs = SimpleNamespace(remote=self._outputs)
 
     async def _submit(self, request: Request, gateway_id: str, *embeddings: object) -> RequestRejected | None:
+        assert not OF_A_CLIENT.get(), "it would be cancelled with its client's task"
         await self.admit.wait()
         self._check()
         if self.lost.intersection(embeddings):
@@ -53,9 +58,12 @@ class FakeEngine:
             assert gateway_id in self.gateways, "nobody would take its outputs"
             self.requests[request.request_id] = request
             self.embeddings[request.request_id] = embeddings
+        if self.answers_get_lost:
+            raise RayError
         return self.rejection
 
     async def _abort(self, request_ids: Sequence[str]) -> int:
+        assert not OF_A_CLIENT.get(), "it would be cancelled with its client's task"
         self._check()
         self.calls += [f"abort {request_id}" for request_id in request_ids]
         return sum(request_id in self.requests for request_id in request_ids)

@@ -105,6 +105,17 @@ async def test_a_client_that_goes_away_before_admission_is_aborted_after_it(clie
     await until(lambda: a.calls == ["submit one", "abort one"])
 
 
+async def test_a_client_that_goes_away_is_aborted_even_if_the_engine_s_answer_is_lost(client, a):
+    a.answers_get_lost = True
+    a.admit.clear()
+    stream = Stream(client, request("one"))
+    await asyncio.sleep(0.01)
+    stream.task.cancel()
+    await asyncio.wait([stream.task])
+    a.admit.set()
+    await until(lambda: a.calls == ["submit one", "abort one"])
+
+
 async def test_a_client_that_goes_away_later_is_aborted_at_once(client, a):
     stream = await begin(client, a, request("one"), 5)
     stream.task.cancel()
