@@ -49,8 +49,8 @@ def row_products(x_TD: Tensor, weights_ND: Sequence[Tensor], counts: Sequence[in
     panels = torch.empty(in_panels * hidden)
     numbers = array("q", [*counts, *[w_ND.data_ptr() for w_ND in weights_ND]])
     _multiply(
-        openmp.address(), TAKE_PANELS, TAKE_PORTIONS, torch.get_num_threads(), rows, in_panels,
-        len(counts), numbers.buffer_info()[0], x_TD.data_ptr(), panels.data_ptr(), hidden, width, y_TN.data_ptr(),
+        openmp.address(), TAKE_PANELS, TAKE_PORTIONS, torch.get_num_threads(), in_panels, len(counts),
+        numbers.buffer_info()[0], x_TD.data_ptr(), panels.data_ptr(), hidden, width, y_TN.data_ptr(),
         y_TN.stride(0) * FLOAT,
     )  # fmt: skip
     return y_TN
@@ -133,10 +133,10 @@ def products(
     run_job(parallel, function, job, threads)
 
 
-@njit(types.void(*[types.int64] * 14), nogil=True, cache=CACHE)
+@njit(types.void(*[types.int64] * 13), nogil=True, cache=CACHE)
 def _multiply(
-    parallel: Any, take_panels: Any, take_portions: Any, most: Any, rows: Any, in_panels: Any, matrices: Any,
-    numbers: Any, x: Any, panels: Any, hidden: Any, width: Any, y: Any, y_stride: Any,
+    parallel: Any, take_panels: Any, take_portions: Any, most: Any, in_panels: Any, matrices: Any, numbers: Any,
+    x: Any, panels: Any, hidden: Any, width: Any, y: Any, y_stride: Any,
 ) -> None:  # fmt: skip
     counts, weights = ints_at(numbers), ints_at(numbers + matrices * INT)
     interleave_rows(parallel, take_panels, most, x, panels, in_panels, counts, matrices, hidden)

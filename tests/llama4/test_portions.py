@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +14,10 @@ from llama4.intrinsics import fetch_add, ints_at
 from llama4.portions import after_shares, begin, room_for_shares, share_out, take
 from llama4.row_products import threads_for
 
-pytestmark = pytest.mark.skipif(not openmp.available(), reason="torch has no OpenMP")
+pytestmark = [
+    pytest.mark.usefixtures("restored_threads"),
+    pytest.mark.skipif(not openmp.available(), reason="torch has no OpenMP"),
+]
 
 
 @cfunc(types.void(types.CPointer(types.int64)))
@@ -37,20 +38,10 @@ def _taken(portions: int, expected: int, come: int, begun: int = 0) -> list[int]
     at = share_out(job, portions, expected)
     job[at:] = portions, log.ctypes.data
     job[0] = begun
-    with _torch_threads(come):
-        openmp.run(_write_down.address, job.tolist(), portions=come)
+    torch.set_num_threads(come)
+    openmp.run(_write_down.address, job.tolist(), portions=come)
     assert log[0] == portions
     return log[1:].tolist()
-
-
-@contextlib.contextmanager
-def _torch_threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @given(st.integers(0, 200), st.integers(1, 9), st.integers(1, 4))
@@ -67,8 +58,8 @@ def test_a_thread_takes_its_own_share_in_order_and_then_the_others() -> None:
 @pytest.mark.parametrize(("portions", "threads"), [(1, 1), (2, 2), (3, 3), (40, 3)])
 def test_no_thread_comes_for_which_there_is_no_portion(portions: int, threads: int) -> None:
     job = np.zeros(1, dtype=np.int64)
-    with _torch_threads(3):
-        openmp.run(_count.address, (job.ctypes.data,), portions)
+    torch.set_num_threads(3)
+    openmp.run(_count.address, (job.ctypes.data,), portions)
     assert job[0] == threads
     assert threads_for(1 << 30, portions, 3) == threads
     assert threads_for(1, portions, 3) == 1
