@@ -6,37 +6,41 @@ from typing import Literal
 
 from ray.actor import ActorHandle
 
+from actors.detached import call_detached
 from actors.engine_links import EngineLinks
 from actors.status import ClusterStatus
 from engine.request import RequestRejected
 
 
 class ControllerClient:
-    """The calls of actors.client.EngineClient that the controller answers. `links` know where it is."""
+    """The calls of actors.client.EngineClient that the controller answers. `links` know where it is.
+
+    A change of the deployment goes on to its end without the client that asked for it: it would be left half done.
+    """
 
     def __init__(self, links: EngineLinks) -> None:
         self._links = links
 
     async def drain(self) -> int:
         """See EngineClient.drain."""
-        remaining: int = await self._controller.drain.remote()
+        remaining: int = await call_detached(self._controller.drain)
         return remaining
 
     async def scale(self, role: Literal["experts", "attention"], actors: int) -> None:
         """See EngineClient.scale."""
-        _raise(await self._controller.scale.remote(role, actors))
+        _raise(await call_detached(self._controller.scale, role, actors))
 
     async def move(self, expert: int, to_slot: int, layer: int | None = None, from_slot: int | None = None) -> None:
         """See EngineClient.move."""
-        _raise(await self._controller.move.remote(expert, to_slot, layer, from_slot))
+        _raise(await call_detached(self._controller.move, expert, to_slot, layer, from_slot))
 
     async def drain_slot(self, slot: int) -> None:
         """See EngineClient.drain_slot."""
-        _raise(await self._controller.drain_slot.remote(slot))
+        _raise(await call_detached(self._controller.drain_slot, slot))
 
     async def rebalance(self) -> bool:
         """See EngineClient.rebalance."""
-        moved: bool | RequestRejected = await self._controller.rebalance.remote()
+        moved: bool | RequestRejected = await call_detached(self._controller.rebalance)
         if isinstance(moved, RequestRejected):
             raise moved
         return moved

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -12,6 +11,7 @@ from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import RayError
 
+from actors.detached import call_detached
 from actors.reasons import first_line
 from actors.status import EngineHandle
 from engine.request import Request, RequestOutput, RequestRejected
@@ -28,9 +28,8 @@ class EngineLink:
     Its gateway id is its own, so nothing that an earlier connection has asked for can come through it. `listed`: the
     controller says that the engine takes requests. `open`: how many requests of this gateway it has.
 
-    What it asks of the engine is in a context of its own. Serve cancels the Ray task of a client that goes away, and
-    Ray all that was called in that task: also the submission, of which nobody knew then whether the engine has it, or
-    the abort that follows it.
+    What it asks of the engine outlives its client: of a submission that ends with it nobody knew whether the engine has
+    it, and the abort that follows would not come.
     """
 
     def __init__(self, name: str, handle: EngineHandle) -> None:
@@ -44,15 +43,11 @@ class EngineLink:
 
     def submit(self, request: Request, embeddings: Sequence[ObjectRef]) -> Awaitable[RequestRejected | None]:
         """See AttentionActor.submit. Ray fetches the embeddings before it makes the call."""
-        answer: Awaitable[RequestRejected | None] = contextvars.Context().run(
-            self.actor.submit.remote, request, self.gateway_id, *embeddings
-        )
-        return answer
+        return call_detached(self.actor.submit, request, self.gateway_id, *embeddings)
 
     def abort(self, request_ids: Sequence[str]) -> Awaitable[int]:
         """See AttentionActor.abort."""
-        answer: Awaitable[int] = contextvars.Context().run(self.actor.abort.remote, list(request_ids))
-        return answer
+        return call_detached(self.actor.abort, list(request_ids))
 
 
 class EngineLinks:

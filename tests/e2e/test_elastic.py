@@ -107,6 +107,18 @@ def test_a_slot_is_drained(deployment, control, expected):
     assert not lost_slots()
 
 
+def test_a_change_goes_on_without_who_asked_for_it(control):
+    change = control.stub.ScaleAttention.future(control_pb2.ScaleAttentionRequest(actors=2))
+    time.sleep(0.5)  # the new actor's process starts
+    assert change.cancel()
+    deadline = time.monotonic() + 60
+    while "attention-1" not in control.actors():
+        assert time.monotonic() < deadline, control.info()
+        time.sleep(0.2)
+    control.stub.ScaleAttention(control_pb2.ScaleAttentionRequest(actors=1), timeout=60)
+    assert "attention-1" not in control.actors()
+
+
 def test_attention_actors_grow_and_shrink(deployment, control, expected):
     def scale() -> float:
         at = time.monotonic()

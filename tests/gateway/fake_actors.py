@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Sequence
 from types import SimpleNamespace
 
@@ -105,8 +106,12 @@ class FakeController:
         self._listed = {name: EngineHandle(engine, "first") for name, engine in engines.items()}
         self._changed = asyncio.Condition()
         self._dead = False
+        self.changes: list[object] = []  # what it was asked to change
         self.watch_engines = remote(self._watch_engines)
         self.drain = remote(self._drain)
+        for name in ("scale", "move", "drain_slot"):
+            setattr(self, name, remote(functools.partial(self._change, name)))
+        self.rebalance = remote(self._rebalance)
 
     async def _watch_engines(self, known: Collection[tuple[str, str]]) -> dict[str, EngineHandle]:
         async with self._changed:
@@ -118,9 +123,18 @@ class FakeController:
         return dict(self._listed)
 
     async def _drain(self) -> int:
+        await self._change("drain")
+        return 3
+
+    async def _rebalance(self) -> bool:
+        await self._change("rebalance")
+        return True
+
+    async def _change(self, *what: object) -> None:
+        assert not OF_A_CLIENT.get(), "it would be cancelled with its client's task"
         if self._dead:
             raise RayActorError()
-        return 3
+        self.changes.append(what)
 
     async def put(self, name: str, engine: FakeEngine, incarnation: str = "second") -> None:
         async with self._changed:

@@ -22,7 +22,7 @@ from engine.request import (
     RequestRejected,
 )
 from tests.gateway.client_streams import PARAMS, Stream, begin, connect, last, request, until
-from tests.gateway.fake_actors import DRAINING, FULL, FakeController, FakeEngine
+from tests.gateway.fake_actors import DRAINING, FULL, OF_A_CLIENT, FakeController, FakeEngine
 
 STOPPED = RequestError(ErrorCode.UNAVAILABLE, "the engine stopped: a member is gone", retryable=True)
 
@@ -122,8 +122,22 @@ async def test_a_client_that_goes_away_later_is_aborted_at_once(client, a):
     await until(lambda: a.calls == ["submit one", "abort one"])
 
 
-async def test_drain_asks_the_controller(client):
+async def test_changes_are_asked_of_the_controller_apart_from_their_client(a):
+    controller = FakeController(a=a)
+    client = await connect(controller)
+    OF_A_CLIENT.set(True)
+    await client.scale("experts", 3)
+    await client.move(5, 1, layer=0)
+    await client.drain_slot(2)
+    assert await client.rebalance()
     assert await client.drain() == 3
+    assert controller.changes == [
+        ("scale", "experts", 3),
+        ("move", 5, 1, 0, None),
+        ("drain_slot", 2),
+        ("rebalance",),
+        ("drain",),
+    ]
 
 
 async def test_engines_hear_that_the_gateway_lives(a, monkeypatch):
