@@ -19,7 +19,7 @@ import ray
 from ray.actor import ActorHandle
 
 from actors.garbage import keep_all_there_is
-from actors.giving_way import giving_way, threads, threads_give_way
+from actors.giving_way import giving_way, threads, threads_give_way, tokens_come_first
 from actors.logs import set_up_logs
 from actors.status import ActorStatus
 from cluster.config import DeploymentConfig, RoleConfig
@@ -113,6 +113,8 @@ class Member:
             try:
                 if self.device.type == "cpu":
                     bind_threads(self.number if self.kind == "expert" else -1 - self.number)
+                    if self.kind == "attention":
+                        tokens_come_first()
                 loop()
             except BaseException as error:
                 self.state = f"failed: {error}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from actors.giving_way import giving_way, housekeeping_gives_way, threads, threads_give_way
+from actors.giving_way import giving_way, housekeeping_gives_way, threads, threads_give_way, tokens_come_first
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="niceness is a thread's own on Linux")
 
@@ -50,6 +50,14 @@ def test_threads_give_way_a_little_with_all_that_they_begin_and_no_others_do():
         threads_give_way([number])
         assert executor.submit(niceness).result() == min(before + 5, 19)
         assert executor.submit(of_a_thread_begun_here).result() == (min(before + 5, 19), os.SCHED_OTHER)
+    assert niceness() == before
+
+
+def test_who_computes_lets_tokens_pass():
+    before = niceness()
+    with ThreadPoolExecutor(1, initializer=tokens_come_first) as executor:
+        assert executor.submit(niceness).result() == min(before + 3, 19)
+        assert executor.submit(of_a_thread_begun_here).result() == (min(before + 3, 19), os.SCHED_OTHER)
     assert niceness() == before
 
 

@@ -47,6 +47,11 @@ def slots(control: Control) -> set[int]:
     return {slot for experts in placement(control).values() for holders in experts for slot in holders}
 
 
+def priorities(process: psutil.Process) -> set[int]:
+    """The niceness of its threads."""
+    return {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in process.threads()}
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="niceness is a thread's own on Linux")
 def test_what_serves_comes_before_what_does_not(control):
     processes = {name: psutil.Process(actor.pid) for name, actor in control.actors().items()}
@@ -55,7 +60,9 @@ def test_what_serves_comes_before_what_does_not(control):
     assert processes["controller"].nice() == behind
     expert = processes["expert-0"]
     assert expert.nice() == behind  # its main thread, which is Ray's
-    assert usual in [os.getpriority(os.PRIO_PROCESS, thread.id) for thread in expert.threads()]
+    assert usual in priorities(expert)
+    # What brings tokens away, and what computes the next ones.
+    assert {usual, min(usual + 3, 19)} <= priorities(processes["attention-0"])
     dashboard = next(child for child in psutil.Process().children() if "/dashboard.py" in str(child.cmdline()))
     assert dashboard.nice() == min(psutil.Process().nice() + 10, 19)
 
