@@ -112,9 +112,9 @@ class Member:
         def body() -> None:
             try:
                 if self.device.type == "cpu":
-                    bind_threads(self.number if self.kind == "expert" else -1 - self.number)
                     if self.kind == "attention":
-                        tokens_come_first()
+                        tokens_come_first()  # and with it the threads that the next line begins
+                    bind_threads(self.number if self.kind == "expert" else -1 - self.number)
                 loop()
             except BaseException as error:
                 self.state = f"failed: {error}"

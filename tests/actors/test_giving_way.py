@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from actors.giving_way import giving_way, housekeeping_gives_way, threads, threads_give_way, tokens_come_first
+from tests.niceness import of_threads
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="niceness is a thread's own on Linux")
 
@@ -109,9 +110,7 @@ def test_rays_housekeeping_gives_way_and_nothing_else_of_it(processes: psutil.Pr
     before = niceness()
     housekeeping_gives_way(processes)
     found = {
-        str(Path(process.cmdline()[1]).relative_to(tmp_path)): {
-            os.getpriority(os.PRIO_PROCESS, thread.id) for thread in process.threads()
-        }
+        str(Path(process.cmdline()[1]).relative_to(tmp_path)): of_threads(process)
         for process in [processes, *processes.children(recursive=True)]
     }
     served, nicer = {before}, {min(before + 10, 19)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ import pytest
 
 from actors.deployment import Deployment
 from herder.v1 import control_pb2
+from tests import niceness
 from tests.e2e.conftest import logged, running
 from tests.e2e.harm import Control, disturbed, undisturbed
 
@@ -47,11 +47,6 @@ def slots(control: Control) -> set[int]:
     return {slot for experts in placement(control).values() for holders in experts for slot in holders}
 
 
-def priorities(process: psutil.Process) -> set[int]:
-    """The niceness of its threads."""
-    return {os.getpriority(os.PRIO_PROCESS, thread.id) for thread in process.threads()}
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="niceness is a thread's own on Linux")
 def test_what_serves_comes_before_what_does_not(control):
     processes = {name: psutil.Process(actor.pid) for name, actor in control.actors().items()}
@@ -60,9 +55,9 @@ def test_what_serves_comes_before_what_does_not(control):
     assert processes["controller"].nice() == behind
     expert = processes["expert-0"]
     assert expert.nice() == behind  # its main thread, which is Ray's
-    assert usual in priorities(expert)
+    assert usual in niceness.of_threads(expert)
     # What brings tokens away, and what computes the next ones.
-    assert {usual, min(usual + 3, 19)} <= priorities(processes["attention-0"])
+    assert {usual, min(usual + 3, 19)} <= niceness.of_threads(processes["attention-0"])
     dashboard = next(child for child in psutil.Process().children() if "/dashboard.py" in str(child.cmdline()))
     assert dashboard.nice() == min(psutil.Process().nice() + 10, 19)
 
